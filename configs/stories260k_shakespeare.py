@@ -1,0 +1,19 @@
+"""The real Llama stories260K adapted to Shakespeare's plays: the smallest end-to-end run.
+
+    zo2jax train stories260k_shakespeare model=FOLDER data=tinyshakespeare.txt
+
+``model`` is a Hugging Face folder of karpathy/tinyllamas stories260K, ``data`` the tinyshakespeare text.
+"""
+
+from dataclasses import dataclass
+
+from zo2jax.config import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stories260kShakespeare(Config):
+    """7000 steps of 16 x 64 tokens at a constant learning rate."""
+
+    directory: str = "runs/stories260k_shakespeare"
+    steps: int = 7000
+    learning_rate: float = 1e-4

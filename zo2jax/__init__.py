@@ -1,0 +1,36 @@
+"""zo2jax: fine-tune language models with zeroth-order optimization, two forward passes and no backward pass, in JAX.
+
+>>> import jax, jax.numpy as jnp, zo2jax as zo
+>>> algorithm = zo.mezo(lambda w, x: jnp.mean((w - x) ** 2), zo.two_point(eps=1e-3), zo.sgd(0.1))
+>>> state = algorithm.init(jnp.zeros(3), jax.random.key(0))
+>>> state, info = jax.jit(algorithm.step)(state, jnp.ones(3))
+>>> bool(info.loss > 0.9)
+True
+"""
+
+__version__ = "0.1.0"
+
+from zo2jax.directions import Direction as Direction
+from zo2jax.directions import normal as normal
+from zo2jax.directions import rademacher as rademacher
+from zo2jax.estimators import Estimator as Estimator
+from zo2jax.estimators import averaged as averaged
+from zo2jax.estimators import two_point as two_point
+from zo2jax.mezo import Info as Info
+from zo2jax.mezo import Mezo as Mezo
+from zo2jax.mezo import State as State
+from zo2jax.mezo import mezo as mezo
+from zo2jax.models.blocks import Block as Block
+from zo2jax.models.blocks import Model as Model
+from zo2jax.models.hub import load as load
+from zo2jax.optimizers import Optimizer as Optimizer
+from zo2jax.optimizers import faithful as faithful
+from zo2jax.optimizers import sgd as sgd
+from zo2jax.run import NonFiniteLoss as NonFiniteLoss
+from zo2jax.run import Run as Run
+from zo2jax.run import StepInfo as StepInfo
+from zo2jax.updates import Rounding as Rounding
+from zo2jax.updates import Update as Update
+from zo2jax.updates import apply_update as apply_update
+from zo2jax.updates import nearest as nearest
+from zo2jax.updates import stochastic as stochastic

@@ -1,0 +1,215 @@
+"""Configurations: frozen dataclasses in Python files, overrides as ``key=value``, and the objects they stand for."""
+
+import difflib
+import importlib.util
+import inspect
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import optax
+import tyro
+
+from zo2jax.directions import Direction, normal, rademacher
+from zo2jax.estimators import Estimator, averaged, two_point
+from zo2jax.optimizers import Optimizer, sgd
+from zo2jax.updates import Rounding, nearest, stochastic
+
+_DIRECTIONS: dict[str, Direction] = {"normal": normal, "rademacher": rademacher}
+_ROUNDINGS: dict[str, Rounding] = {"nearest": nearest, "stochastic": stochastic}
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, its value and what was expected.
+
+    >>> issubclass(ConfigError, ValueError)
+    True
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Fine-tuning by MeZO on plain text. Every field is overridden on the command line as ``key=value``.
+
+    >>> Config(model="m", data="d", steps=3).steps
+    3
+    """
+
+    model: str = ""
+    """A Hugging Face folder, or a hub id."""
+    data: str = ""
+    """Text: a file, several separated by commas, or a folder of .txt files."""
+    directory: str = "runs/train"
+    """The run directory."""
+    steps: int = 1000
+    seed: int = 0
+    """Of the directions and of the order of the batches."""
+    batch: int = 16
+    """Rows a step."""
+    tokens: int = 64
+    """Tokens a row."""
+    learning_rate: float = 1e-6
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Of the learning rate over ``steps``, down to zero."""
+    weight_decay: float = 0.0
+    clip: float = 0.0
+    """Bound on |projected gradient|; 0 for none."""
+    eps: float = 1e-3
+    """Perturbation scale."""
+    direction: Literal["normal", "rademacher"] = "normal"
+    directions: int = 1
+    """Directions a step, averaged; each costs two forward passes."""
+    dtype: Literal["", "float32", "bfloat16", "float16"] = ""
+    """Of the matrices; empty keeps the checkpoint's."""
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    """Of updates to 16-bit matrices."""
+    held_out: float = 0.1
+    """Fraction of the text that is kept for evaluation."""
+    eval_every: int = 500
+    """Steps between two evaluations, each followed by a checkpoint."""
+    max_skipped: int = 10
+    """Steps in a row that may have a loss that is not finite."""
+
+    def __post_init__(self) -> None:
+        """Checks the ranges of all fields.
+
+        Raises:
+            ConfigError: for the first value out of range.
+        """
+        for name in ("steps", "batch", "tokens", "directions", "eval_every", "max_skipped"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: expected an integer of at least 1")
+        for name in ("learning_rate", "weight_decay", "clip"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name}={getattr(self, name)}: expected a finite number of at least 0")
+        if not 0 < self.eps < float("inf"):
+            raise ConfigError(f"eps={self.eps}: expected a positive number, such as 1e-3")
+        if not 0 < self.held_out < 1:
+            raise ConfigError(f"held_out={self.held_out}: expected a fraction between 0 and 1")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed={self.seed}: expected an integer from 0 to 2**32 - 1")
+
+    def make_estimator(self) -> Estimator:
+        """The estimator that the config describes."""
+        one = two_point(self.eps, direction=_DIRECTIONS[self.direction])
+        return one if self.directions == 1 else averaged(one, self.directions)
+
+    def make_optimizer(self) -> Optimizer:
+        """SGD with the config's schedule, decay and clip."""
+        rates = {
+            "constant": self.learning_rate,
+            "linear": optax.linear_schedule(self.learning_rate, 0.0, self.steps),
+            "cosine": optax.cosine_decay_schedule(self.learning_rate, self.steps),
+        }
+        return sgd(rates[self.schedule], self.weight_decay, transform=optax.clip(self.clip) if self.clip else None)
+
+    def make_rounding(self) -> Rounding:
+        """The rounding policy of updates."""
+        return _ROUNDINGS[self.rounding]
+
+    def as_json(self) -> dict[str, Any]:
+        """What config.json holds: every field but ``directory``; local paths are absolute."""
+        values = asdict(self)
+        del values["directory"]
+        values["model"] = _absolute(self.model)
+        values["data"] = ",".join(_absolute(part.strip()) for part in self.data.split(","))
+        return values
+
+    def may_grow(self) -> tuple[str, ...]:
+        """Keys that may be larger when a run goes on: ``steps``, unless the schedule depends on it."""
+        return ("steps",) if self.schedule == "constant" else ()
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().resolve()) if path and Path(path).expanduser().exists() else path
+
+
+def _search_path(name: str) -> list[Path]:
+    package = Path(__file__).parent
+    file = name if name.endswith(".py") else f"{name}.py"
+    return [Path(file), Path("configs") / file, package / "configs" / file, package.parent / "configs" / file]
+
+
+def find_config(name: str) -> type[Config]:
+    """The config class of a Python file, by path or by name among those installed with the package.
+
+    Raises:
+        ConfigError: if there is no such file, or it does not hold exactly one frozen dataclass derived from `Config`.
+
+    >>> find_config("stories260k_shakespeare").__name__
+    'Stories260kShakespeare'
+    """
+    path = next((p for p in _search_path(name) if p.is_file()), None)
+    if path is None:
+        known = sorted({f.stem for p in _search_path("x")[2:] for f in p.parent.glob("*.py")})
+        raise ConfigError(f"no config file {name!r}; those installed are {', '.join(known)}")
+    spec = importlib.util.spec_from_file_location(f"zo2jax_config_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"{path} does not run ({type(error).__name__}: {error})") from error
+    found = [
+        c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == spec.name and issubclass(c, Config)
+    ]
+    if len(found) != 1:
+        raise ConfigError(f"{path} holds {len(found)} classes derived from zo2jax.config.Config, expected one")
+    return found[0]
+
+
+def with_overrides(config: type[Config], overrides: Sequence[str]) -> Config:
+    """An instance of a config class with ``key=value`` overrides, converted to the fields' types.
+
+    Raises:
+        ConfigError: for an unknown key (with the nearest known one) or a value of the wrong type.
+
+    >>> with_overrides(Config, ["steps=5", "learning_rate=1e-4"]).learning_rate
+    0.0001
+    """
+    known = {field.name for field in fields(config)}
+    arguments = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{override!r}: expected key=value")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(sorted(known))}"
+            raise ConfigError(f"unknown config key {key!r}: {hint}")
+        arguments += [f"--{key}={value}"]
+        try:
+            tyro.cli(config, args=[arguments[-1]], console_outputs=False)
+        except SystemExit:
+            expected = next(str(f.type) for f in fields(config) if f.name == key)
+            raise ConfigError(f"{key}={value}: expected {expected.replace('typing.', '')}") from None
+    return tyro.cli(config, args=arguments)
+
+
+def load_config(target: str, overrides: Sequence[str] = ()) -> Config:
+    """A config with overrides: from a config file, its name, or the directory of a run.
+
+    Raises:
+        ConfigError: see `find_config` and `with_overrides`; or a run directory whose config.json is damaged.
+
+    >>> load_config("stories260k_shakespeare", ["steps=5"]).steps
+    5
+    """
+    saved = Path(target).expanduser() / "config.json"
+    if not saved.is_file():
+        if Path(target).is_dir():
+            raise ConfigError(f"{target} is a folder without config.json: expected the directory of a run")
+        return with_overrides(find_config(target), overrides)
+    try:
+        values = json.loads(saved.read_text())
+        names = {field.name for field in fields(Config)}
+        base = Config(**{k: v for k, v in values.items() if k in names}, directory=str(Path(target).expanduser()))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{saved} is not the config of a run ({error})") from error
+    changed = with_overrides(Config, overrides)
+    keys = [override.partition("=")[0] for override in overrides]
+    return Config(**{**asdict(base), **{k: getattr(changed, k) for k in keys}})

@@ -1,0 +1,56 @@
+"""`zo2jax demo`: adapts the small Llama that comes with the package from docstrings to source code, offline."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.panel import Panel
+
+from zo2jax.config import Config, load_config
+from zo2jax.models.hub import load
+from zo2jax.tasks.stdlib import source_code
+from zo2jax.train import Result, train, trained_model
+
+PROMPT = "def __init__(self, "
+_CHARACTERS = 1_500_000
+
+
+def model_folder() -> Path:
+    """The folder of the model that comes with the package; its README.md says how it was made.
+
+    >>> (model_folder() / "config.json").is_file()
+    True
+    """
+    return Path(__file__).parent / "assets" / "tiny"
+
+
+def demo_config(overrides: Sequence[str] = ()) -> Config:
+    """The demo's config: ``configs/demo.py`` with the package's model, and a text made from the standard library."""
+    config = load_config("demo", overrides)
+    if not config.model:
+        config = replace(config, model=str(model_folder()))
+    if not config.data:
+        path = Path(config.directory).expanduser() / "stdlib_code.txt"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(source_code(_CHARACTERS), encoding="utf-8")
+        config = replace(config, data=str(path))
+    return config
+
+
+def demo(overrides: Sequence[str] = (), console: Console | None = None) -> Result:
+    """Runs the demo: sample, train, sample; returns the result of `zo2jax.train.train`."""
+    console = console or Console()
+    config = demo_config(overrides)
+    before = load(config.model, dtype=config.dtype or None).generate(PROMPT, 48)
+    result = train(config, console)
+    after = trained_model(config.directory)[1].generate(PROMPT, 48)
+    for title, sample in (("before", before), ("after", after)):
+        console.print(Panel(PROMPT + sample, title=f"greedy sample {title}", highlight=False))
+    console.print(
+        f"held-out loss {result.first:.3f} -> {result.last:.3f} nats per token ({result.first - result.last:.3f} less) "
+        f"after {result.steps} steps of two forward passes; plot: {result.directory / 'loss.png'}",
+        highlight=False,
+    )
+    return result

@@ -1,0 +1,168 @@
+"""z from an address: (key, step, direction k, leaf, element) -> noise. Nothing is ever stored.
+
+The chain of addresses is ``direction key = fold_in(fold_in(key, step), k)`` and
+``leaf key = fold_in(direction key, leaf id)``; an element of a leaf is a counter (row, column group) under
+the leaf key (see `pallas_kernels.bits`). A leaf of shape [..., n] is a matrix of prod(...) rows and n columns.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import bits
+
+PyTree = Any
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A distribution of z: its name, and how a 32-bit word becomes two values (float32, 12 significant bits).
+
+    >>> normal.name, rademacher.name
+    ('normal', 'rademacher')
+    """
+
+    name: str
+    pair: bits.WordMap
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+normal = Direction("normal", bits.normal_pair)
+"""z ~ N(0, I), the perturbation of MeZO (arXiv 2305.17333, definition 1)."""
+
+rademacher = Direction("rademacher", bits.rademacher_pair)
+"""z uniform on {-1, +1}^d, the perturbation of SPSA (Spall, 1992)."""
+
+
+def check_key(key: jax.Array) -> jax.Array:
+    """Returns ``key`` as a typed threefry key of shape (), or raises.
+
+    Threefry alone is invariant under vmap, sharding and backend, on which every address relies; a raw
+    ``jax.random.PRNGKey`` array (uint32[2]) is accepted and wrapped.
+
+    Raises:
+        ValueError: for a key of another generator ("rbg", "unsafe_rbg"), a batch of keys, or no key.
+
+    >>> check_key(jax.random.PRNGKey(0)).dtype == jax.random.key(0).dtype
+    True
+    """
+    key = jnp.asarray(key) if not isinstance(key, jax.Array) else key
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        name = str(jax.random.key_impl(key))
+        if name != "threefry2x32":
+            raise ValueError(f"key has the generator {name!r}, expected 'threefry2x32': jax.random.key(seed, impl=...)")
+        if key.shape != ():
+            raise ValueError(f"key has shape {key.shape}, expected one key of shape ()")
+        return key
+    if key.dtype == jnp.uint32 and key.shape == (2,):
+        return jax.random.wrap_key_data(key, impl="threefry2x32")
+    raise ValueError(
+        f"key is {key.dtype}{list(key.shape)}, expected jax.random.key(seed) of the threefry2x32 generator"
+    )
+
+
+def is_trained(leaf: Any) -> bool:
+    """Whether a leaf takes part in training: floating-point arrays do; integers and keys pass through.
+
+    >>> is_trained(np.zeros(3, np.float32)), is_trained(np.zeros(3, np.int32))
+    (True, False)
+    """
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """The dotted name of a leaf from its pytree path; the ``.value`` of a Flax variable is not part of it.
+
+    >>> jax.tree_util.tree_map_with_path(lambda p, _: leaf_name(p), {"layers": [{"q": 0}]})
+    {'layers': [{'q': 'layers.0.q'}]}
+    """
+    parts = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] in ("value", "raw_value") else parts)
+
+
+def leaf_id(name: str) -> int:
+    """The uint32 address of a leaf: the first four bytes (big-endian) of SHA-256 of its name in UTF-8.
+
+    >>> hex(leaf_id("layers.3.attn.q.weight"))
+    '0xd9e43a50'
+    """
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+
+
+def leaf_ids(params: PyTree) -> np.ndarray:
+    """The ids of all leaves of ``params``, in pytree order: uint32[number of leaves].
+
+    Raises:
+        TypeError: for a trained leaf that is not float32, bfloat16 or float16.
+        ValueError: if there is no trained leaf, or two leaves would share noise.
+
+    >>> leaf_ids({"a": np.zeros(2, np.float32), "b": np.zeros(3, np.float32)}).dtype
+    dtype('uint32')
+    """
+    seen: dict[int, str] = {}
+    ids = []
+    trained = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = leaf_name(path)
+        ids.append(leaf_id(name))
+        if jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.complexfloating) or isinstance(leaf, float):
+            raise TypeError(f"leaf {name!r} is {getattr(leaf, 'dtype', 'a Python float')}, expected a real array")
+        if not is_trained(leaf):
+            continue
+        trained += 1
+        if leaf.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+            raise TypeError(f"leaf {name!r} is {leaf.dtype}, expected float32, bfloat16 or float16: cast it first")
+        if ids[-1] in seen:
+            raise ValueError(
+                f"leaves {seen[ids[-1]]!r} and {name!r} have the same id {ids[-1]:#010x} and would share one z: "
+                "rename one of them"
+            )
+        seen[ids[-1]] = name
+    if not trained:
+        raise ValueError("params has no floating-point leaf: there is nothing to train")
+    return np.array(ids, np.uint32)
+
+
+def step_keys(key: jax.Array, step: jax.Array, count: int) -> jax.Array:
+    """The keys of the ``count`` directions of one step: fold_in(fold_in(key, step), k), typed keys [count].
+
+    >>> step_keys(jax.random.key(0), 5, 2).shape
+    (2,)
+    """
+    at_step = jax.random.fold_in(key, step)
+    return jax.vmap(lambda k: jax.random.fold_in(at_step, k))(jnp.arange(count, dtype=jnp.uint32))
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """How a leaf is addressed: (rows, columns), the last axis being the columns.
+
+    >>> matrix_shape((2, 3, 5)), matrix_shape((7,)), matrix_shape(())
+    ((6, 5), (1, 7), (1, 1))
+    """
+    return math.prod(shape[:-1]), shape[-1] if shape else 1
+
+
+def draw(
+    direction: Direction, key: jax.Array, ident: jax.Array, shape: tuple[int, ...], rows: jax.Array | None = None
+) -> jax.Array:
+    """z of one leaf: float32 of shape ``shape``, or, with ``rows`` (integers [R]), only these rows: [R, columns].
+
+    ``key`` is a direction's key (`step_keys`), ``ident`` a leaf id (uint32, data rather than a constant).
+
+    >>> key, ident = jax.random.key(0), np.uint32(1)
+    >>> z = draw(normal, key, ident, (5, 6))
+    >>> bool((draw(normal, key, ident, (5, 6), rows=jnp.array([3, 1])) == z[jnp.array([3, 1])]).all())
+    True
+    """
+    n_rows, columns = matrix_shape(shape)
+    leaf_key = bits.fold(jax.random.key_data(key), jnp.asarray(ident, jnp.uint32))
+    if rows is not None:
+        return bits.draw(direction.pair, leaf_key, rows.astype(jnp.uint32), columns)
+    return bits.draw(direction.pair, leaf_key, jnp.arange(n_rows, dtype=jnp.uint32), columns).reshape(shape)

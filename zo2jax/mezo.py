@@ -1,0 +1,127 @@
+"""The definition of a zeroth-order step, in its plainest form. Everything faster is compared with this."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.bits import cut12
+from zo2jax.directions import PyTree, check_key, leaf_ids, step_keys
+from zo2jax.estimators import Estimator
+from zo2jax.optimizers import as_optimizer
+from zo2jax.updates import Rounding, Update, apply_update, perturb, stochastic
+
+LossFn = Callable[[PyTree, Any], jax.Array]
+
+
+class State(NamedTuple):
+    """What a step carries on; a pytree of arrays.
+
+    >>> State._fields
+    ('params', 'opt_state', 'step', 'key', 'leaf_ids')
+    """
+
+    params: PyTree
+    opt_state: Any
+    step: jax.Array
+    """uint32 []: steps done."""
+    key: jax.Array
+    """The run's key (typed, threefry); it never changes."""
+    leaf_ids: jax.Array
+    """uint32 [leaves]: the addresses of the leaves of ``params``, in pytree order."""
+
+
+class Info(NamedTuple):
+    """What a step reports.
+
+    >>> Info._fields
+    ('loss', 'projected_gradient', 'losses', 'skipped', 'update')
+    """
+
+    loss: jax.Array
+    """float32 []: the mean of the probes' losses."""
+    projected_gradient: jax.Array
+    """float32 [K]: the coefficients g_k of z_k in the estimate of the gradient."""
+    losses: jax.Array
+    """float32 [M]: the loss of each probe."""
+    skipped: jax.Array
+    """bool []: a loss was not finite, so the weights were left as they are."""
+    update: Update
+    """What was applied to the weights."""
+
+
+class Mezo(NamedTuple):
+    """The pair (init, step) made by `mezo`, as in optax.
+
+    >>> Mezo._fields
+    ('init', 'step')
+    """
+
+    init: Callable[[PyTree, jax.Array], State]
+    step: Callable[[State, Any], tuple[State, Info]]
+
+
+def _check_loss(loss: jax.Array) -> jax.Array:
+    if getattr(loss, "shape", None) != () or loss.dtype != jnp.float32:
+        what = f"{loss.dtype}{list(loss.shape)}" if hasattr(loss, "dtype") else repr(loss)
+        raise TypeError(
+            f"loss_fn returned {what}, expected a float32 scalar. In 16 bits the difference of two losses vanishes "
+            "(at a loss of 8 and eps 1e-3, g would be a multiple of 31): cast the logits to float32 before the loss"
+        )
+    return loss
+
+
+def mezo(loss_fn: LossFn, estimator: Estimator, optimizer: Any, *, rounding: Rounding = stochastic) -> Mezo:
+    """A zeroth-order step for any pytree of parameters and any loss (MeZO, arXiv 2305.17333, algorithm 1).
+
+    ``init(params, key)`` gives a `State`; ``step(state, batch)`` gives (state, `Info`). One step evaluates the
+    M probes theta + sum_k C[m, k] z_k one after the other, turns their losses into g (K numbers), g into
+    coefficients, and moves the weights once. Both functions are pure, for use inside your own ``jax.jit``,
+    ``lax.scan`` and with donation. A step whose losses are not all finite leaves the weights as they are.
+
+    Args:
+        loss_fn: ``(params, batch) -> float32 []``.
+        estimator: for example ``zo.two_point(eps=1e-3)``.
+        optimizer: ``zo.sgd(...)``, or an optax transformation of the K projected gradients.
+        rounding: how updates of 16-bit leaves are rounded, `stochastic` or `nearest`.
+
+    Raises:
+        ValueError: at construction for an optimizer that does not commute with z; by ``init`` for a key that is
+            not threefry and for two leaves that would share noise.
+        TypeError: by ``init`` for leaves of another dtype than float32, bfloat16, float16; by ``step`` for a
+            loss that is not a float32 scalar.
+
+    >>> from zo2jax import sgd, two_point
+    >>> algorithm = mezo(lambda w, x: jnp.sum((w - x) ** 2), two_point(1e-2), sgd(0.02))
+    >>> state = algorithm.init(jnp.zeros(4), jax.random.key(0))
+    >>> for _ in range(300):
+    ...     state, info = jax.jit(algorithm.step)(state, jnp.ones(4))
+    >>> bool(info.loss < 1e-2)
+    True
+    """
+    transform = as_optimizer(optimizer)
+    indices, values = estimator.sparse_probes()
+
+    def init(params: PyTree, key: jax.Array) -> State:
+        ids = jnp.asarray(leaf_ids(params))
+        return State(params, transform.init(estimator.directions), jnp.zeros((), jnp.uint32), check_key(key), ids)
+
+    def step(state: State, batch: Any) -> tuple[State, Info]:
+        keys = step_keys(state.key, state.step, estimator.directions)
+
+        def member(row: tuple[jax.Array, jax.Array]) -> jax.Array:
+            probe = perturb(state.params, keys[row[0]], row[1], state.leaf_ids, direction=estimator.direction)
+            return _check_loss(loss_fn(probe, batch))
+
+        losses = lax.map(member, (jnp.asarray(indices), jnp.asarray(values)))
+        good = jnp.isfinite(losses).all()
+        g = estimator.coefficients(losses)
+        coefs, decay, opt_state = transform.update(jnp.where(good, g, 0), state.opt_state)
+        update = Update(keys, cut12(jnp.where(good, coefs, 0)), cut12(jnp.where(good, decay, 0)))
+        moved = apply_update(state.params, update, state.leaf_ids, direction=estimator.direction, rounding=rounding)
+        info = Info(losses.mean(), g, losses, ~good, update)
+        return state._replace(params=moved, opt_state=opt_state, step=state.step + 1), info
+
+    return Mezo(init, step)

@@ -1,0 +1,1 @@
+"""Models as lists of blocks, and their Hugging Face files."""

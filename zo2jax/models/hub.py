@@ -1,0 +1,270 @@
+"""Hugging Face folders to models and back: config.json, (sharded) safetensors, tokenizer files."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer
+
+from zo2jax.models.blocks import Model, Params, get_leaf, owned_shapes, set_leaf
+from zo2jax.models.llama import LlamaConfig
+
+CONFIGS: dict[str, Any] = {"llama": LlamaConfig}
+"""Model families by the ``model_type`` of config.json."""
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_SHARD_SIZE = "5GB"
+
+Tensors = dict[str, Callable[[], np.ndarray]]
+
+
+def resolve(source: str | Path) -> Path:
+    """The local folder of a model: ``source`` itself, or the download of a hub id such as "org/name".
+
+    Raises:
+        FileNotFoundError: if it is no folder and the hub does not have it or cannot be reached.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    looks_like_id = str(source).count("/") == 1 and not str(source).startswith((".", "/", "~"))
+    if not looks_like_id:
+        raise FileNotFoundError(
+            f"no model folder at {source}: expected a folder with config.json, or a hub id org/name"
+        )
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        found = Path(snapshot_download(str(source), allow_patterns=patterns))
+        if not any(found.glob("*.safetensors")):
+            snapshot_download(str(source), allow_patterns=["pytorch_model*.bin"])
+    except Exception as error:  # the hub's client raises many kinds; each means that there is no model
+        raise FileNotFoundError(
+            f"no model folder at {source}, and the Hugging Face hub did not give it ({type(error).__name__}: {error})"
+        ) from error
+    return found
+
+
+def read_config(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """(the family's configuration, config.json as it is).
+
+    Raises:
+        FileNotFoundError: without config.json.
+        ValueError: for JSON that does not parse, a family that is not known, or a value that is not supported.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no config.json: expected a Hugging Face model folder")
+    try:
+        raw = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): download or export the model again") from error
+    family = raw.get("model_type")
+    if family not in CONFIGS:
+        raise ValueError(f"{path}: model_type is {family!r}, expected one of {sorted(CONFIGS)}")
+    try:
+        return CONFIGS[family].from_hub(raw), raw
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights, from an index where there is one; safetensors before .bin."""
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        index, single = folder / f"{stem}.index.json", folder / stem
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            if missing := [n for n in names if not (folder / n).is_file()]:
+                raise FileNotFoundError(f"{index} names files that are not there: {', '.join(missing)}")
+            return [folder / n for n in names]
+        if single.is_file():
+            return [single]
+    raise FileNotFoundError(f"{folder} has no model.safetensors (or its index) and no pytorch_model.bin")
+
+
+def _bin_tensors(path: Path) -> Tensors:
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            f"{path} is a PyTorch file, and torch is not installed: pip install torch, or convert it to safetensors"
+        ) from error
+
+    def array(tensor: Any) -> np.ndarray:
+        if tensor.dtype == torch.bfloat16:
+            return tensor.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.contiguous().numpy()
+
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return {name: partial(array, tensor) for name, tensor in state.items()}
+
+
+@contextmanager
+def open_tensors(folder: Path) -> Iterator[Tensors]:
+    """Tensor names -> functions that read one tensor through a memory map, over all weight files of a folder.
+
+    Raises:
+        FileNotFoundError: if there are no weight files, or an index names one that is not there.
+        ValueError: for a file that is truncated or no safetensors file.
+    """
+    tensors: Tensors = {}
+    with ExitStack() as stack:
+        for path in _weight_files(folder):
+            if path.suffix == ".bin":
+                tensors |= _bin_tensors(path)
+                continue
+            try:
+                handle = stack.enter_context(safe_open(path, framework="numpy"))
+            except SafetensorError as error:
+                size = path.stat().st_size
+                raise ValueError(
+                    f"{path} ({size} bytes) is truncated or no safetensors file ({error}): download or export it again"
+                ) from error
+            tensors |= {name: partial(handle.get_tensor, name) for name in handle.keys()}  # noqa: SIM118
+        yield tensors
+
+
+def _ignored(name: str, tied: bool) -> bool:
+    """Tensors that files carry and models do not need: cached rotary frequencies, the copy of a tied head."""
+    return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
+
+
+def read_params(config: Any, tensors: Tensors, dtype: Any) -> Params:
+    """The parameters of a model, leaf by leaf; ``dtype`` None keeps each matrix as it is in the file.
+
+    One-dimensional leaves become float32.
+
+    Raises:
+        ValueError: naming every missing, unexpected and misshapen tensor at once.
+    """
+    shapes = owned_shapes(config.blocks())
+    names = config.hub_names()
+    missing = [theirs for theirs in names.values() if theirs not in tensors]
+    unexpected = [n for n in tensors if n not in set(names.values()) and not _ignored(n, config.tied)]
+    params: Params = {block: {} for block in shapes}
+    wrong = []
+    for ours, theirs in names.items():
+        if theirs not in tensors:
+            continue
+        array = tensors[theirs]()
+        expected = get_leaf(shapes, ours).shape
+        if array.shape != expected:
+            wrong.append(f"{theirs} is {list(array.shape)}, expected {list(expected)}")
+        elif array.dtype not in (np.float32, np.float16, ml_dtypes.bfloat16):
+            wrong.append(f"{theirs} is {array.dtype}, expected float32, float16 or bfloat16")
+        elif not (missing or unexpected or wrong):
+            block = max((b for b in shapes if ours.startswith(b + ".")), key=len)
+            kept = jnp.float32 if array.ndim < 2 else dtype or array.dtype
+            set_leaf(params[block], ours[len(block) + 1 :], jnp.asarray(array).astype(kept))
+    problems = [f"missing: {', '.join(missing)}"] * bool(missing)
+    problems += [f"unexpected: {', '.join(unexpected)}"] * bool(unexpected)
+    problems += [f"wrong: {'; '.join(wrong)}"] * bool(wrong)
+    if problems:
+        raise ValueError("the weights do not fit config.json: " + "; ".join(problems))
+    return params
+
+
+def load(source: str | Path, *, dtype: Any = None) -> Model:
+    """Loads a model from a Hugging Face folder (or hub id): config.json, weights, tokenizer.json if it is there.
+
+    Args:
+        source: a local folder, or "org/name" where the hub can be reached.
+        dtype: of the matrices: "float32", "bfloat16" or "float16"; None keeps the file's. One-dimensional leaves
+            (norms, biases) are always float32.
+
+    Raises:
+        FileNotFoundError: naming what is not there.
+        ValueError: for files that are damaged or do not fit; all misfits are in one message.
+
+    >>> from zo2jax.demo import model_folder
+    >>> load(model_folder()).logits([[1, 2, 3]]).dtype
+    dtype('float32')
+    """
+    folder = resolve(source)
+    config, _ = read_config(folder)
+    dtype = None if dtype is None else jnp.dtype(dtype)
+    if dtype not in (None, jnp.float32, jnp.bfloat16, jnp.float16):
+        raise ValueError(f"dtype is {dtype}, expected float32, bfloat16 or float16")
+    try:
+        with open_tensors(folder) as tensors:
+            params = read_params(config, tensors, dtype)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    tokenizer = None
+    if (folder / "tokenizer.json").is_file():
+        try:
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # tokenizers raises plain Exception
+            raise ValueError(f"{folder / 'tokenizer.json'} does not parse ({error})") from error
+    matrix_dtype = next(leaf.dtype for leaf in jax.tree.leaves(params) if leaf.ndim >= 2)
+    return Model(config, config.blocks(matrix_dtype), params, folder, tokenizer)
+
+
+def _write(model: Model, folder: Path) -> None:
+    names = {theirs: get_leaf(model.params, ours) for ours, theirs in model.config.hub_names().items()}
+    split = split_state_dict_into_shards_factory(
+        names,
+        get_storage_size=lambda leaf: leaf.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=_SHARD_SIZE,
+    )
+    for file, members in split.filename_to_tensors.items():
+        save_file({n: np.asarray(names[n]) for n in members}, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    raw = model.config.to_hub()
+    if model.folder is not None and (model.folder / "config.json").is_file():
+        raw = json.loads((model.folder / "config.json").read_text())  # keeps what only other readers need
+    raw.pop("dtype", None)
+    raw["torch_dtype"] = str(model.dtype)  # the name that transformers 4 and 5 both read
+    (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n")
+    for name in _TOKENIZER_FILES:
+        if model.folder is not None and (model.folder / name).is_file():
+            shutil.copyfile(model.folder / name, folder / name)
+    if model.tokenizer is not None and not (folder / "tokenizer.json").is_file():
+        model.tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def export(model: Model, folder: str | Path) -> Path:
+    """Writes a model as a Hugging Face folder that `load` and ``transformers`` read; returns the folder.
+
+    Weights are written as they are (matrices in the model's dtype, one-dimensional leaves in float32), in shards
+    of at most 5 GB. The folder appears at once, complete, or not at all.
+
+    Raises:
+        FileExistsError: if ``folder`` exists and is not empty; nothing is overwritten.
+        PermissionError: if its parent cannot be written.
+    """
+    target = Path(folder).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists and is not empty: name a new folder to export to")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+        complete = Path(scratch) / "complete"
+        complete.mkdir()
+        _write(model, complete)
+        os.replace(complete, target)
+    return target

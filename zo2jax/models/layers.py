@@ -1,0 +1,150 @@
+"""Layers shared by the models. Matrices are kept (n_out, n_in), as in Hugging Face files, and used as x W^T."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+
+def linear(
+    x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, dtype: jnp.dtype | None = None
+) -> jax.Array:
+    """x W^T + b, accumulated in float32: x [..., n_in], weight [n_out, n_in] -> [..., n_out] in ``dtype`` or x's.
+
+    Float32 operands are multiplied in full float32 on every device (no TF32): the two losses of a
+    zeroth-order step differ by less than TF32 resolves.
+
+    >>> linear(jnp.ones((2, 3)), jnp.ones((4, 3))).tolist()[0]
+    [3.0, 3.0, 3.0, 3.0]
+    """
+    y = lax.dot_general(
+        x,
+        weight.astype(x.dtype),
+        (((x.ndim - 1,), (1,)), ((), ())),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    return (y if bias is None else y + bias.astype(jnp.float32)).astype(dtype or x.dtype)
+
+
+class Linear(nnx.Module):
+    """A matrix ``weight`` [n_out, n_in] and, if asked for, a ``bias`` [n_out] (float32)."""
+
+    def __init__(self, n_in: int, n_out: int, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+        """Draws the matrix from N(0, 0.02^2); the bias is zero."""
+        self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), (n_out, n_in)).astype(dtype))
+        self.bias = nnx.Param(jnp.zeros(n_out, jnp.float32)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """X [..., n_in] -> [..., n_out], in x's dtype."""
+        return linear(x, self.weight[...], None if self.bias is None else self.bias[...])
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, in float32 (Zhang and Sennrich, arXiv 1910.07467, equation 4)."""
+
+    def __init__(self, size: int, eps: float):
+        """A weight of ones, float32 [size]."""
+        self.weight = nnx.Param(jnp.ones(size, jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """X [..., size] -> the same shape and dtype."""
+        x32 = x.astype(jnp.float32)
+        scale = lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (x32 * scale * self.weight[...]).astype(x.dtype)
+
+
+def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Array:
+    """Rotary position embedding (RoFormer, arXiv 2104.09864, equation 34), halves paired as in Hugging Face.
+
+    x [batch, time, heads, size], positions [time], frequencies float32 [size / 2] in radians per position.
+
+    >>> x = jnp.ones((1, 2, 1, 4))
+    >>> bool((rotate(x, jnp.arange(2), jnp.ones(2))[0, 0] == x[0, 0]).all())
+    True
+    """
+    angle = positions.astype(jnp.float32)[:, None] * frequencies
+    cos, sin = jnp.cos(angle)[None, :, None, :], jnp.sin(angle)[None, :, None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def cudnn_applies(dtype: jnp.dtype, head_size: int) -> bool:
+    """Whether cuDNN's fused attention takes this dtype and head size on the default device.
+
+    It takes bfloat16 and float16, head sizes that are multiples of 8 up to 128 (256 on Hopper), from compute
+    capability 8.0 on.
+
+    >>> cudnn_applies(jnp.float32, 64)
+    False
+    """
+    if jax.default_backend() != "gpu" or dtype not in (jnp.bfloat16, jnp.float16):
+        return False
+    capability = float(jax.devices()[0].compute_capability)
+    return capability >= 8.0 and head_size % 8 == 0 and head_size <= (256 if 9.0 <= capability < 10.0 else 128)
+
+
+def attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array | None, implementation: str | None = None
+) -> jax.Array:
+    """Causal attention, softmax(q k^T / sqrt(size)) v: q [b, t, heads, size], k and v [b, t, kv_heads, size].
+
+    ``lengths`` int32 [b] counts the real tokens of right-padded rows; outputs beyond them are unspecified.
+    ``implementation`` None takes "cudnn" where it applies, else "xla".
+
+    Raises:
+        NotImplementedError: if "cudnn" is asked for by name where it does not apply.
+
+    >>> q = jnp.ones((1, 3, 2, 8))
+    >>> attention(q, q, q, None).shape
+    (1, 3, 2, 8)
+    """
+    applies = cudnn_applies(query.dtype, query.shape[-1])
+    if implementation == "cudnn" and not applies:
+        raise NotImplementedError(
+            f"cuDNN attention does not take {query.dtype} with head size {query.shape[-1]} on {jax.default_backend()}"
+        )
+    if implementation == "cudnn" or (implementation is None and applies):
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=True,
+            query_seq_lengths=lengths,
+            key_value_seq_lengths=lengths,
+            implementation="cudnn",
+        )
+    # Causal rows that are padded on the right never see their padding, so the lengths change nothing here.
+    with jax.default_matmul_precision("highest"):
+        return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="xla")
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(sum of weighted losses in nats, sum of weights): logits float32 [..., vocabulary], targets int32 [...].
+
+    loss = logsumexp(logits) - logits[target]; both results are float32 scalars.
+
+    >>> total, count = cross_entropy(jnp.zeros((2, 4)), jnp.array([0, 1]), jnp.ones(2))
+    >>> round(float(total / count), 4)
+    1.3863
+    """
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    losses = jax.nn.logsumexp(logits, axis=-1) - picked
+    weights = weights.astype(jnp.float32)
+    return jnp.sum(jnp.where(weights != 0, losses * weights, 0.0)), jnp.sum(weights)
+
+
+def realign(ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Moves padding to the right: (ids [batch, time], lengths int32 [batch]) from ids and a 0/1 attention mask.
+
+    The order of the real tokens is kept; the mask may be left-padded (as tokenizers make for generation) or
+    have holes.
+
+    >>> ids, lengths = realign(jnp.array([[0, 0, 5, 6]]), jnp.array([[0, 0, 1, 1]]))
+    >>> ids.tolist(), lengths.tolist()
+    ([[5, 6, 0, 0]], [2])
+    """
+    order = jnp.argsort(mask == 0, axis=1, stable=True)
+    return jnp.take_along_axis(ids, order, axis=1), jnp.sum(mask != 0, axis=1, dtype=jnp.int32)

@@ -1,0 +1,156 @@
+"""From projected gradients to coefficients: SGD, and the optax transformations that are faithful to it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+
+class Optimizer(NamedTuple):
+    """A pair of pure functions, as in optax, on the K projected gradients of a step.
+
+    ``init(K)`` gives the state; ``update(g, state)`` gives (coefs float32 [K], decay float32 [], state). The
+    coefficients are added to the weights: they carry the minus sign and the learning rate.
+
+    >>> optimizer = sgd(0.5)
+    >>> optimizer.update(jnp.array([2.0]), optimizer.init(1))[0].tolist()
+    [-1.0]
+    """
+
+    init: Callable[[int], Any]
+    update: Callable[[jax.Array, Any], tuple[jax.Array, jax.Array, Any]]
+
+
+class Faithful(NamedTuple):
+    """A transformation that its user declares to be faithful on the weights; see `faithful`.
+
+    >>> isinstance(faithful(optax.identity()), Faithful)
+    True
+    """
+
+    transformation: optax.GradientTransformation
+
+
+def faithful(transformation: optax.GradientTransformation) -> Faithful:
+    """Accepts a transformation of the projected gradients whose state holds floats.
+
+    You state that applying it to the K numbers g_k is what you want. Learning rates held in the state
+    (`optax.inject_hyperparams`) and running scales of |g| are such; momentum and Adam are not, since their
+    averages would mix the g_k of different directions z.
+
+    >>> optimizer = as_optimizer(faithful(optax.inject_hyperparams(optax.scale)(-0.5)))
+    >>> optimizer.update(jnp.ones(1), optimizer.init(1))[0].tolist()
+    [-0.5]
+    """
+    return Faithful(transformation)
+
+
+class SGDState(NamedTuple):
+    """Steps done, and the state of the inner transformation.
+
+    >>> sgd(0.1).init(1).step.dtype
+    dtype('int32')
+    """
+
+    step: jax.Array
+    inner: Any
+
+
+def _zeros(count: int) -> jax.Array:
+    return jnp.zeros(count, jnp.float32)
+
+
+def check_faithful(transformation: Any) -> optax.GradientTransformation:
+    """Returns the optax transformation if it commutes with z, else raises with the reason.
+
+    Raises:
+        TypeError: if it is no optax transformation.
+        ValueError: if its state holds floats, or if it needs the parameters.
+
+    >>> check_faithful(optax.clip(1.0)) is not None
+    True
+    """
+    if isinstance(transformation, Faithful):
+        return transformation.transformation
+    if not (hasattr(transformation, "init") and hasattr(transformation, "update")):
+        raise TypeError(f"optimizer is {transformation!r}, expected zo.sgd(...) or an optax transformation")
+    state = transformation.init(_zeros(1))
+    floats = [
+        jax.tree_util.keystr(path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    ]
+    if floats:
+        raise ValueError(
+            f"the optimizer keeps floats in its state ({', '.join(floats)}), as momentum and Adam do. It sees only the "
+            "projected gradients g_k, whose directions z_k change at every step, so averages over steps are not "
+            "averages of gradients. Use zo.sgd, schedules, clip or sign; or wrap it in zo.faithful(...) if the "
+            "numbers are meant for g_k alone"
+        )
+    try:
+        transformation.update(_zeros(1), state, None)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"the optimizer needs the parameters ({error}), as added weight decay does; it sees only the projected "
+            "gradients. Use zo.sgd(learning_rate, weight_decay=...)"
+        ) from error
+    return transformation
+
+
+def sgd(
+    learning_rate: float | Schedule,
+    weight_decay: float = 0.0,
+    *,
+    transform: optax.GradientTransformation | Faithful | None = None,
+) -> Optimizer:
+    """SGD on the weights: coefs = -lr_t g, decay = lr_t weight_decay (MeZO, arXiv 2305.17333, algorithm 1).
+
+    Args:
+        learning_rate: a number, or an optax schedule of the step (0, 1, ...).
+        weight_decay: decoupled, of leaves with two or more dimensions.
+        transform: applied to g before the learning rate, for example ``optax.clip(10.0)``.
+
+    >>> optimizer = sgd(optax.linear_schedule(1.0, 0.0, 2), weight_decay=0.5)
+    >>> state = optimizer.init(1)
+    >>> coefs, decay, state = optimizer.update(jnp.ones(1), state)
+    >>> coefs, decay, state = optimizer.update(jnp.ones(1), state)
+    >>> float(coefs[0]), float(decay)
+    (-0.5, 0.25)
+    """
+    if not callable(learning_rate) and not 0 <= learning_rate < float("inf"):
+        raise ValueError(f"learning_rate is {learning_rate}, expected a finite number >= 0, such as 1e-6")
+    if not 0 <= weight_decay < float("inf"):
+        raise ValueError(f"weight_decay is {weight_decay}, expected a finite number >= 0, such as 0.1")
+    inner = check_faithful(transform if transform is not None else optax.identity())
+
+    def init(count: int) -> SGDState:
+        return SGDState(jnp.zeros((), jnp.int32), inner.init(_zeros(count)))
+
+    def update(g: jax.Array, state: SGDState) -> tuple[jax.Array, jax.Array, SGDState]:
+        rate = jnp.asarray(learning_rate(state.step) if callable(learning_rate) else learning_rate, jnp.float32)
+        scaled, inner_state = inner.update(g, state.inner, None)
+        return -rate * scaled, rate * jnp.float32(weight_decay), SGDState(state.step + 1, inner_state)
+
+    return Optimizer(init, update)
+
+
+def as_optimizer(optimizer: Any) -> Optimizer:
+    """An `Optimizer` as it is; an optax transformation (or `Faithful`) as one without decay. See `check_faithful`.
+
+    >>> optimizer = as_optimizer(optax.chain(optax.clip(1.0), optax.scale(-0.1)))
+    >>> round(float(optimizer.update(jnp.array([5.0]), optimizer.init(1))[0][0]), 3)
+    -0.1
+    """
+    if isinstance(optimizer, Optimizer):
+        return optimizer
+    inner = check_faithful(optimizer)
+
+    def update(g: jax.Array, state: Any) -> tuple[jax.Array, jax.Array, Any]:
+        coefs, state = inner.update(g, state, None)
+        return jnp.asarray(coefs, jnp.float32), _zeros(1)[0], state
+
+    return Optimizer(lambda count: inner.init(_zeros(count)), update)

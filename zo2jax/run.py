@@ -1,0 +1,308 @@
+"""A run: the step of `zo2jax.mezo` with checkpoints, metrics and resume around it."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zo2jax.checkpoint import Snapshots
+from zo2jax.estimators import Estimator
+from zo2jax.mezo import State, mezo
+from zo2jax.models.blocks import Model
+from zo2jax.models.hub import export
+from zo2jax.updates import Rounding, Update, stochastic
+
+
+class NonFiniteLoss(RuntimeError):
+    """Too many steps in a row had a loss that was not finite.
+
+    >>> issubclass(NonFiniteLoss, RuntimeError)
+    True
+    """
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What `Run.step` reports. The arrays may still be on their way: reading one waits for it.
+
+    >>> [field for field in StepInfo.__dataclass_fields__][:3]
+    ['step', 'loss', 'projected_gradient']
+    """
+
+    step: int
+    """Steps done, this one included."""
+    loss: jax.Array
+    """float32 []: the mean of the probes' losses, nats per token for language models."""
+    projected_gradient: jax.Array
+    """float32 [K]."""
+    skipped: jax.Array
+    """bool []."""
+    tokens_per_second: float
+    """Throughput of the last step that is known to be done; NaN before there is one."""
+    tokens: int
+    """Tokens of the batch."""
+    update: Update
+
+
+def _number(value: Any) -> float | None:
+    """A finite float, or None: JSON has no NaN."""
+    return float(value) if np.isfinite(value) else None
+
+
+def _write_once(path: Path, config: Mapping[str, Any], may_grow: Sequence[str]) -> None:
+    """Writes config.json, or compares it with the one that is there; keys in ``may_grow`` may become larger."""
+    config = json.loads(json.dumps(config))
+    if path.is_file():
+        try:
+            known = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON ({error}): the run cannot be continued") from error
+        keys = sorted(known.keys() | config.keys())
+        differing = [k for k in keys if known.get(k) != config.get(k) and k not in may_grow]
+        differing += [k for k in may_grow if k in known and k in config and config[k] < known[k]]
+        if differing:
+            lines = "; ".join(f"{k}: {known.get(k)!r} there, {config.get(k)!r} now" for k in differing)
+            raise ValueError(
+                f"{path.parent} holds a run with another config ({lines}). Only {' and '.join(may_grow) or 'nothing'} "
+                "may grow: use the old values, or another directory"
+            )
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(config, indent=1) + "\n")
+    os.replace(scratch, path)
+
+
+class Run:
+    """Trains a model in a directory, and goes on where an earlier run in the same directory stopped.
+
+    The directory holds ``config.json``, ``metrics.jsonl`` (one JSON object a line) and ``checkpoints``. The model's
+    arrays are copied once; `model` gives the trained one at any time. The same calls with the same directory resume,
+    to the same weights as if nothing had happened.
+
+    Args:
+        model: from `zo2jax.load`.
+        estimator: for example ``zo.two_point(1e-3)``.
+        optimizer: ``zo.sgd(...)``, or an optax transformation of the projected gradients.
+        directory: where the run lives; made if it is not there.
+        key: ``jax.random.key(seed)``.
+        rounding: how updates of 16-bit matrices are rounded.
+        config: what describes the run; compared with config.json on resume. A description of the arguments if None.
+        may_grow: keys of ``config`` that may be larger on resume.
+        max_skipped: so many steps in a row may have a loss that is not finite, before `NonFiniteLoss` is raised.
+
+    Raises:
+        ValueError: if the directory holds a run with another config, naming the keys.
+        PermissionError: if the directory cannot be written.
+
+    >>> import tempfile, zo2jax as zo
+    >>> from zo2jax.demo import model_folder
+    >>> batch = {"ids": np.ones((2, 8), np.int32), "targets": np.ones((2, 8), np.int32)}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with Run(zo.load(model_folder()), zo.two_point(1e-3), zo.sgd(1e-6), directory=folder,
+    ...              key=jax.random.key(0)) as run:
+    ...         for b in run.remaining([batch, batch]):
+    ...             info = run.step(b)
+    ...         run.save()
+    >>> info.step
+    2
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        estimator: Estimator,
+        optimizer: Any,
+        *,
+        directory: str | Path,
+        key: jax.Array,
+        rounding: Rounding = stochastic,
+        config: Mapping[str, Any] | None = None,
+        may_grow: Sequence[str] = (),
+        max_skipped: int = 10,
+    ):
+        """Opens the directory; restores the newest checkpoint if there is one."""
+        algorithm = mezo(model.loss, estimator, optimizer, rounding=rounding)
+        state = algorithm.init(model.params, key)
+        if config is None:
+            words = jax.random.key_data(state.key).tolist()
+            config = {"model": str(model.folder), "estimator": str(estimator), "rounding": str(rounding), "key": words}
+        self.directory = Path(directory).expanduser()
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            _write_once(self.directory / "config.json", config, may_grow)
+        except (PermissionError, FileExistsError, NotADirectoryError) as error:
+            raise type(error)(f"the run directory {self.directory} cannot be written ({error})") from error
+        self._model = model.replace({})
+        self._snapshots = Snapshots(self.directory / "checkpoints")
+        if (last := self._snapshots.last) is not None:
+            self._state = self._snapshots.restore(state, last)
+        else:
+            self._state = jax.tree.map(jnp.copy, state)  # the step reuses its input's memory, which is not the caller's
+        self._step = jax.jit(algorithm.step, donate_argnums=0)
+        self._loss_sum = jax.jit(model.loss_sum)
+        self._metrics_file = self.directory / "metrics.jsonl"
+        self._done = int(self._state.step)
+        self._forget_metrics_after(self._done)
+        self._pending: StepInfo | None = None
+        self._finished: float | None = None  # when the last recorded step was done
+        self._rate = float("nan")
+        self._eval_loss: dict[int, float] = {}
+        self._max_skipped, self._skipped_in_row = max_skipped, 0
+
+    def __enter__(self) -> "Run":
+        """The run itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the run; saving is up to the caller."""
+        self.close()
+
+    @property
+    def steps_done(self) -> int:
+        """Steps done so far, those before a resume included."""
+        return self._done
+
+    @property
+    def state(self) -> State:
+        """The state of `zo2jax.mezo`; its arrays are reused by the next step."""
+        return self._state
+
+    @property
+    def model(self) -> Model:
+        """The model with its present weights; they are reused by the next step."""
+        return self._model.replace(self._state.params)
+
+    def remaining(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches that were not trained on yet; a sequence is indexed, anything else is skipped through."""
+        if isinstance(batches, Sequence):
+            return (batches[i] for i in range(self._done, len(batches)))
+        return (batch for i, batch in enumerate(batches) if i >= self._done)
+
+    def step(self, batch: Any) -> StepInfo:
+        """One step. Metrics of a step are written when the next one is under way, so that the device never waits.
+
+        Raises:
+            NonFiniteLoss: after ``max_skipped`` steps in a row without a finite loss; they changed no weights.
+        """
+        self._state, info = self._step(self._state, jax.device_put(batch))
+        self._done += 1
+        self._record(self._pending)
+        tokens = _tokens(batch)
+        self._pending = StepInfo(
+            self._done, info.loss, info.projected_gradient, info.skipped, self._rate, tokens, info.update
+        )
+        return self._pending
+
+    def evaluate(self, batches: Iterable[Any]) -> float:
+        """The mean loss over all batches in nats per token, with every update applied; written as ``eval/loss``."""
+        self.flush()
+        loss = mean_loss(self._loss_sum, self._state.params, batches)
+        self._eval_loss = {self._done: loss}
+        self._write({"step": self._done, "eval/loss": _number(loss)})
+        return loss
+
+    def flush(self) -> None:
+        """Waits for the last step and writes its metrics. Updates are never pending here: a step applies its own."""
+        previous, self._pending = self._pending, None
+        self._record(previous)
+        self._finished = None
+
+    def save(self) -> None:
+        """Saves a checkpoint, durable on return. The last one is kept, and the one with the best ``eval/loss``."""
+        self.flush()
+        loss = self._eval_loss.get(self._done)
+        self._snapshots.save(self._state, {} if loss is None or not np.isfinite(loss) else {"eval/loss": loss})
+
+    def export(self, folder: str | Path) -> Path:
+        """Writes the present weights as a Hugging Face folder; see `zo2jax.models.hub.export`."""
+        self.flush()
+        return export(self.model, folder)
+
+    def close(self) -> None:
+        """Writes what is pending and closes the checkpoints."""
+        self.flush()
+        self._snapshots.close()
+
+    def _record(self, info: StepInfo | None) -> None:
+        if info is None:
+            return
+        skipped = bool(info.skipped)  # waits for the step
+        now = time.perf_counter()
+        if self._finished is not None:
+            self._rate = info.tokens / (now - self._finished)
+        self._finished = now
+        gradient = [_number(g) for g in np.asarray(info.projected_gradient)]
+        line: dict[str, Any] = {
+            "step": info.step,
+            "train/loss": _number(info.loss),
+            "train/projected_gradient": gradient[0] if len(gradient) == 1 else gradient,
+            "tokens_per_second": _number(self._rate),
+        }
+        self._write(line | ({"train/skipped": True} if skipped else {}))
+        self._skipped_in_row = self._skipped_in_row + 1 if skipped else 0
+        if self._skipped_in_row >= self._max_skipped:
+            self._skipped_in_row = 0
+            raise NonFiniteLoss(
+                f"the loss was not finite in {self._max_skipped} steps in a row (the last is step {info.step}); these "
+                "steps changed no weights. Try a smaller eps or learning_rate, or look at the data"
+            )
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        with self._metrics_file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _forget_metrics_after(self, step: int) -> None:
+        """Drops lines of steps that will be done again, and a torn last line."""
+        if not self._metrics_file.is_file():
+            return
+        kept = []
+        for line in self._metrics_file.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError):
+                continue
+        scratch = self._metrics_file.with_suffix(".tmp")
+        scratch.write_text("".join(kept))
+        os.replace(scratch, self._metrics_file)
+
+
+def mean_loss(loss_sum: Callable[..., Any], params: Any, batches: Iterable[Any]) -> float:
+    """Sum of losses over sum of counts, in nats per token; ``loss_sum`` is `Model.loss_sum`, jitted.
+
+    >>> mean_loss(lambda params, batch: (params * batch, batch), 0.5, [1.0, 2.0])
+    0.5
+    """
+    sums = [loss_sum(params, jax.device_put(batch)) for batch in batches]
+    if not sums:
+        raise ValueError("there are no batches to evaluate on")
+    return float(np.sum([float(s) for s, _ in sums]) / np.sum([float(n) for _, n in sums]))
+
+
+def _tokens(batch: Any) -> int:
+    """How many tokens a batch holds: the size of ``ids``, or of its first array."""
+    leaf = batch["ids"] if isinstance(batch, Mapping) and "ids" in batch else jax.tree.leaves(batch)[0]
+    return int(np.size(leaf))
+
+
+def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, in order.
+
+    Raises:
+        FileNotFoundError: if the directory holds no metrics.
+
+    >>> read_metrics("no/such/run")
+    Traceback (most recent call last):
+    ...
+    FileNotFoundError: no/such/run holds no metrics.jsonl: expected the directory of a run
+    """
+    path = Path(directory).expanduser() / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} holds no metrics.jsonl: expected the directory of a run")
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,0 +1,221 @@
+"""The main of `zo2jax train`: load, step, evaluate, save, plot; readable from top to bottom."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from zo2jax.checkpoint import Snapshots
+from zo2jax.config import Config, load_config
+from zo2jax.models.blocks import Model
+from zo2jax.models.hub import load
+from zo2jax.run import NonFiniteLoss, Run, StepInfo, mean_loss, read_metrics
+from zo2jax.tasks.text import HeldOut, TextBatches, load_text
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training run ended with; losses are held-out, in nats per token.
+
+    >>> Result(Path("out"), 10, 5.0, 4.0, True).last
+    4.0
+    """
+
+    directory: Path
+    steps: int
+    first: float
+    last: float
+    finished: bool
+
+
+def train(config: Config, console: Console | None = None) -> Result:
+    """Trains by a config, going on where the directory's run stopped, and plots the losses.
+
+    Ctrl-C finishes the step, saves, and returns; a second Ctrl-C interrupts at once.
+
+    Raises:
+        FileNotFoundError, ValueError, PermissionError: for bad input, before anything is written.
+        NonFiniteLoss: see `zo2jax.Run`; the weights before those steps are saved.
+    """
+    console = console or Console()
+    model = load(config.model, dtype=config.dtype or None)
+    text = load_text(model, config.data, tokens=config.tokens, batch=config.batch, held_out=config.held_out)
+    batches = TextBatches(text.train, config.batch, config.steps, config.seed)
+    held_out = HeldOut(text.held_out, config.batch)
+    console.print(
+        f"{config.model}: {model.parameter_count:,} parameters, {model.dtype}, on {jax.devices()[0].device_kind}; "
+        f"{len(text.train):,} rows of {config.tokens} tokens, {len(text.held_out):,} held out"
+    )
+    run = Run(
+        model,
+        config.make_estimator(),
+        config.make_optimizer(),
+        directory=config.directory,
+        key=jax.random.key(config.seed),
+        rounding=config.make_rounding(),
+        config=config.as_json(),
+        may_grow=config.may_grow(),
+        max_skipped=config.max_skipped,
+    )
+    with run, _interruptible() as interrupted:
+        if run.steps_done == 0:
+            _report(console, 0, run.evaluate(held_out))
+        else:
+            console.print(f"going on after step {run.steps_done} in {run.directory}")
+        with _Display(console, config, run.steps_done) as display:
+            try:
+                for batch in run.remaining(batches):
+                    info = run.step(batch)
+                    display.show(info)
+                    if info.step % config.eval_every == 0 or info.step == config.steps:
+                        _report(console, info.step, run.evaluate(held_out))
+                        run.save()
+                    if interrupted.is_set():
+                        break
+            except NonFiniteLoss:
+                run.save()
+                raise
+        run.save()
+        done = run.steps_done
+        if done < config.steps:
+            console.print(f"stopped after step {done} of {config.steps}, saved; the same command goes on from there")
+    plot_losses(config.directory)
+    losses = [line["eval/loss"] for line in read_metrics(config.directory) if "eval/loss" in line]
+    return Result(run.directory, done, losses[0], losses[-1], done >= config.steps)
+
+
+def trained_model(directory: str | Path, *, best: bool = False) -> tuple[int, Model]:
+    """(step, model with the weights) of a run's last checkpoint, or of the one with the best held-out loss.
+
+    Raises:
+        FileNotFoundError: if the directory holds no run, or no such checkpoint.
+    """
+    folder = Path(directory).expanduser()
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{directory} holds no config.json: expected the directory of a run")
+    config = load_config(str(folder))
+    model = load(config.model, dtype=config.dtype or None)
+    snapshots = Snapshots(folder / "checkpoints")
+    try:
+        step = snapshots.best if best else snapshots.last
+        if step is None:
+            raise FileNotFoundError(f"{directory} has no checkpoint{' with a held-out loss' if best else ''} yet")
+        return step, model.replace(snapshots.restore_params(model.params, step))
+    finally:
+        snapshots.close()
+
+
+def evaluate(target: str, overrides: Sequence[str] = (), *, best: bool = False) -> tuple[int, float]:
+    """(step, held-out loss in nats per token) of a run directory, or of a config's untrained model (step 0)."""
+    config = load_config(target, overrides)
+    if (Path(target).expanduser() / "config.json").is_file():
+        step, model = trained_model(target, best=best)
+    else:
+        step, model = 0, load(config.model, dtype=config.dtype or None)
+    text = load_text(model, config.data, tokens=config.tokens, batch=config.batch, held_out=config.held_out)
+    return step, mean_loss(jax.jit(model.loss_sum), model.params, HeldOut(text.held_out, config.batch))
+
+
+def plot_losses(directory: str | Path) -> Path:
+    """Draws ``loss.png`` from a run's metrics.jsonl: the probes' loss, its running mean, and the held-out loss."""
+    lines = read_metrics(directory)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    trained = [(x["step"], x["train/loss"]) for x in lines if x.get("train/loss") is not None]
+    if trained:
+        steps, losses = zip(*trained, strict=True)
+        axes.plot(steps, losses, color="0.85", linewidth=0.6, label="probes, each step")
+        axes.plot(steps, _running_mean(losses), color="C0", label="probes, running mean")
+    held = [(x["step"], x["eval/loss"]) for x in lines if x.get("eval/loss") is not None]
+    if held:
+        axes.plot(*zip(*held, strict=True), "o-", color="C3", markersize=3, label="held out")
+        axes.set_title(f"held-out loss {held[0][1]:.3f} to {held[-1][1]:.3f} nats per token")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = Path(directory).expanduser() / "loss.png"
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _running_mean(values: tuple[float, ...]) -> list[float]:
+    """Exponential mean over about 2 % of the values."""
+    keep = 1 - 1 / max(2.0, len(values) / 50)
+    total = weight = 0.0
+    means = []
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        means.append(total / weight)
+    return means
+
+
+def _report(console: Console, step: int, loss: float) -> None:
+    console.print(f"step {step:6d}  held-out loss {loss:.4f} nats/token")
+
+
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Turns the first Ctrl-C into an event; the second interrupts as usual."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def first(*_: Any) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, previous)
+
+    signal.signal(signal.SIGINT, first)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+class _Display:
+    """The progress bar: loss, projected gradient, tokens/s and time left, read five times a second at most."""
+
+    def __init__(self, console: Console, config: Config, done: int):
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task: TaskID = self._progress.add_task("train", total=config.steps, completed=done, numbers="")
+        self._tokens = config.batch * config.tokens
+        self._shown = (time.monotonic(), done)
+
+    def __enter__(self) -> "_Display":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, info: StepInfo) -> None:
+        """Shows a step, unless another was shown less than 0.2 s ago."""
+        then, step = self._shown
+        elapsed = time.monotonic() - then
+        if elapsed < 0.2 or self._progress.disable:
+            return
+        g = math.sqrt(float((info.projected_gradient**2).sum()))
+        rate = (info.step - step) * self._tokens / elapsed
+        numbers = f"loss {float(info.loss):.3f}  |g| {g:8.3g}  {rate:,.0f} tokens/s"
+        self._progress.update(self._task, completed=info.step, numbers=numbers)
+        self._shown = (time.monotonic(), info.step)
