@@ -1,13 +1,17 @@
-"""Fixtures: outside data, and a small model."""
+"""Fixtures: outside data, and a tiny model that is made here."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from zo2jax.models.hub import export
+from zo2jax.models.llama import LlamaConfig
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_debug_nans", False)
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +34,33 @@ def stories(test_data: Path) -> Path:
 @pytest.fixture(scope="session")
 def shakespeare(test_data: Path) -> Path:
     return test_data / "text" / "tinyshakespeare.txt"
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Tokenizer:
+    """256 byte tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Tokenizer) -> Path:
+    """A Hugging Face folder of a random Llama of one layer on bytes."""
+    config = LlamaConfig(
+        vocabulary=256, size=16, hidden=24, layers=1, heads=2, kv_heads=1, head_size=8, context=64, tied=True
+    )
+    model = replace(config.init(jax.random.key(1)), tokenizer=byte_tokenizer)
+    return export(model, tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 10,000 characters of arithmetic in words."""
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    lines = [f"{a} and {b} make {names.index(a) + names.index(b)}.\n" for a in names for b in names]
+    path = tmp_path_factory.mktemp("text") / "sums.txt"
+    path.write_text("".join(lines) * 4)
+    return path

@@ -1,5 +1,6 @@
 """Snapshots of a run's state through Orbax: the last one, and the one with the best held-out loss."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,15 @@ class Snapshots:
 
     def __init__(self, folder: Path):
         """Opens the folder; it is made when something is saved."""
-        best = preservation_policy.BestN(
-            get_metric_fn=lambda metrics: metrics["eval/loss"],
-            reverse=True,
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
+
+        def metric(metrics: Mapping[str, float]) -> float:
+            return metrics.get("eval/loss", math.inf)
+
+        best = preservation_policy.BestN(get_metric_fn=metric, reverse=True, n=1)
         options = ocp.CheckpointManagerOptions(
             create=True,
+            best_fn=metric,
+            best_mode="min",
             preservation_policy=preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(1), best]),
         )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
@@ -53,9 +55,8 @@ class Snapshots:
     @property
     def best(self) -> int | None:
         """The step of the snapshot with the lowest ``eval/loss``, or None."""
-        metrics = {step: self._manager.metrics(step) or {} for step in self._manager.all_steps()}
-        losses = {step: float(m["eval/loss"]) for step, m in metrics.items() if "eval/loss" in m}
-        return min(losses, key=lambda step: losses[step], default=None)
+        step = self._manager.best_step()
+        return step if step is not None and "eval/loss" in self._manager.metrics(step) else None
 
     def restore(self, like: State, step: int) -> State:
         """The state saved at ``step``, with the structure, shapes and placement of ``like``."""
@@ -67,7 +68,9 @@ class Snapshots:
     def restore_params(self, like: PyTree, step: int) -> PyTree:
         """Only the parameters saved at ``step``, with the structure, shapes and placement of ``like``."""
         abstract = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}
-        return self._manager.restore(step, args=ocp.args.PyTreeRestore(abstract, partial_restore=True))["params"]
+        placed = ocp.checkpoint_utils.construct_restore_args(abstract)
+        args = ocp.args.PyTreeRestore(abstract, restore_args=placed, partial_restore=True)
+        return self._manager.restore(step, args=args)["params"]
 
     def close(self) -> None:
         """Waits for pending work and closes the manager."""

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import optax
 import tyro
@@ -171,8 +171,9 @@ def with_overrides(config: type[Config], overrides: Sequence[str]) -> Config:
     >>> with_overrides(Config, ["steps=5", "learning_rate=1e-4"]).learning_rate
     0.0001
     """
-    known = {field.name for field in fields(config)}
-    arguments = []
+    types = get_type_hints(config)
+    known = [field.name for field in fields(config)]
+    values: dict[str, Any] = {}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -181,13 +182,15 @@ def with_overrides(config: type[Config], overrides: Sequence[str]) -> Config:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(sorted(known))}"
             raise ConfigError(f"unknown config key {key!r}: {hint}")
-        arguments += [f"--{key}={value}"]
         try:
-            tyro.cli(config, args=[arguments[-1]], console_outputs=False)
+            values[key] = value if types[key] is str else tyro.cli(types[key], args=[value], console_outputs=False)
         except SystemExit:
-            expected = next(str(f.type) for f in fields(config) if f.name == key)
-            raise ConfigError(f"{key}={value}: expected {expected.replace('typing.', '')}") from None
-    return tyro.cli(config, args=arguments)
+            choices = get_args(types[key])
+            expected = (
+                f"one of {', '.join(map(repr, choices))}" if choices else f"a value of type {types[key].__name__}"
+            )
+            raise ConfigError(f"{key}={value}: expected {expected}") from None
+    return config(**values)
 
 
 def load_config(target: str, overrides: Sequence[str] = ()) -> Config:

@@ -131,8 +131,9 @@ def sgd(
         return SGDState(jnp.zeros((), jnp.int32), inner.init(_zeros(count)))
 
     def update(g: jax.Array, state: SGDState) -> tuple[jax.Array, jax.Array, SGDState]:
-        rate = jnp.asarray(learning_rate(state.step) if callable(learning_rate) else learning_rate, jnp.float32)
-        scaled, inner_state = inner.update(g, state.inner, None)
+        with jax.numpy_dtype_promotion("standard"):  # optax relies on it
+            rate = jnp.asarray(learning_rate(state.step) if callable(learning_rate) else learning_rate, jnp.float32)
+            scaled, inner_state = inner.update(g, state.inner, None)
         return -rate * scaled, rate * jnp.float32(weight_decay), SGDState(state.step + 1, inner_state)
 
     return Optimizer(init, update)
@@ -150,7 +151,8 @@ def as_optimizer(optimizer: Any) -> Optimizer:
     inner = check_faithful(optimizer)
 
     def update(g: jax.Array, state: Any) -> tuple[jax.Array, jax.Array, Any]:
-        coefs, state = inner.update(g, state, None)
+        with jax.numpy_dtype_promotion("standard"):  # optax relies on it
+            coefs, state = inner.update(g, state, None)
         return jnp.asarray(coefs, jnp.float32), _zeros(1)[0], state
 
     return Optimizer(lambda count: inner.init(_zeros(count)), update)

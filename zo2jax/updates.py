@@ -162,6 +162,9 @@ def _move_tree(
     direction: Direction,
     rounding: Rounding,
 ) -> PyTree:
+    if decay is not None:
+        # Where weights and decay are constants of a program, XLA would reorder the sums of their products.
+        decay = lax.optimization_barrier(decay)
     leaves, treedef = jax.tree.flatten(params)
     data = jax.random.key_data(keys)
     leaf_keys = jax.vmap(lambda ident: jax.vmap(lambda key: bits.fold(key, ident))(data))(jnp.asarray(leaf_ids))

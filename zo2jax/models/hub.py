@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -48,12 +49,12 @@ def resolve(source: str | Path) -> Path:
         FileNotFoundError: if it is no folder and the hub does not have it or cannot be reached.
     """
     folder = Path(source).expanduser()
-    if folder.is_dir():
+    if str(source) and folder.is_dir():
         return folder
     looks_like_id = str(source).count("/") == 1 and not str(source).startswith((".", "/", "~"))
     if not looks_like_id:
         raise FileNotFoundError(
-            f"no model folder at {source}: expected a folder with config.json, or a hub id org/name"
+            f"no model folder at {str(source)!r}: expected a folder with config.json, or a hub id org/name"
         )
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
@@ -62,7 +63,8 @@ def resolve(source: str | Path) -> Path:
             snapshot_download(str(source), allow_patterns=["pytorch_model*.bin"])
     except Exception as error:  # the hub's client raises many kinds; each means that there is no model
         raise FileNotFoundError(
-            f"no model folder at {source}, and the Hugging Face hub did not give it ({type(error).__name__}: {error})"
+            f"no model folder at {str(source)!r}, and the Hugging Face hub did not give it "
+            f"({type(error).__name__}: {error})"
         ) from error
     return found
 
@@ -81,7 +83,7 @@ def read_config(folder: Path) -> tuple[Any, dict[str, Any]]:
         raw = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): download or export the model again") from error
-    family = raw.get("model_type")
+    family = raw.get("model_type") if isinstance(raw, dict) else None
     if family not in CONFIGS:
         raise ValueError(f"{path}: model_type is {family!r}, expected one of {sorted(CONFIGS)}")
     try:
@@ -95,7 +97,12 @@ def _weight_files(folder: Path) -> list[Path]:
     for stem in ("model.safetensors", "pytorch_model.bin"):
         index, single = folder / f"{stem}.index.json", folder / stem
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            try:
+                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{index} is no index of weight files ({error!r}): download or export it again"
+                ) from error
             if missing := [n for n in names if not (folder / n).is_file()]:
                 raise FileNotFoundError(f"{index} names files that are not there: {', '.join(missing)}")
             return [folder / n for n in names]
@@ -117,7 +124,13 @@ def _bin_tensors(path: Path) -> Tensors:
             return tensor.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
         return tensor.contiguous().numpy()
 
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:  # files from before torch 1.6 are not zipped, and cannot be mapped
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch raises many kinds for damaged files
+        size = path.stat().st_size
+        raise ValueError(
+            f"{path} ({size} bytes) is truncated or no PyTorch weights file ({error}): download it again"
+        ) from error
     return {name: partial(array, tensor) for name, tensor in state.items()}
 
 
@@ -216,6 +229,8 @@ def load(source: str | Path, *, dtype: Any = None) -> Model:
     if (folder / "tokenizer.json").is_file():
         try:
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            tokenizer.no_truncation()  # which tokenizer.json may ask for, and which would drop text silently
+            tokenizer.no_padding()
         except Exception as error:  # tokenizers raises plain Exception
             raise ValueError(f"{folder / 'tokenizer.json'} does not parse ({error})") from error
     matrix_dtype = next(leaf.dtype for leaf in jax.tree.leaves(params) if leaf.ndim >= 2)

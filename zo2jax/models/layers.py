@@ -106,7 +106,13 @@ def attention(
         raise NotImplementedError(
             f"cuDNN attention does not take {query.dtype} with head size {query.shape[-1]} on {jax.default_backend()}"
         )
-    if implementation == "cudnn" or (implementation is None and applies):
+    fused = implementation == "cudnn" or (implementation is None and applies)
+    # Causal rows that are padded on the right never see their padding: lengths save work in cuDNN and change nothing.
+    lengths = lengths if fused else None
+    dtype = query.dtype
+    if dtype == jnp.float16 and jax.default_backend() == "cpu":  # XLA on the CPU lacks the product that JAX asks for
+        query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
+    with jax.default_matmul_precision("highest"), jax.numpy_dtype_promotion("standard"):
         return jax.nn.dot_product_attention(
             query,
             key,
@@ -114,11 +120,8 @@ def attention(
             is_causal=True,
             query_seq_lengths=lengths,
             key_value_seq_lengths=lengths,
-            implementation="cudnn",
-        )
-    # Causal rows that are padded on the right never see their padding, so the lengths change nothing here.
-    with jax.default_matmul_precision("highest"):
-        return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="xla")
+            implementation="cudnn" if fused else "xla",
+        ).astype(dtype)
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -146,5 +149,6 @@ def realign(ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     >>> ids.tolist(), lengths.tolist()
     ([[5, 6, 0, 0]], [2])
     """
-    order = jnp.argsort(mask == 0, axis=1, stable=True)
-    return jnp.take_along_axis(ids, order, axis=1), jnp.sum(mask != 0, axis=1, dtype=jnp.int32)
+    real = jnp.asarray(mask).astype(bool)
+    order = jnp.argsort(~real, axis=1, stable=True)
+    return jnp.take_along_axis(ids, order, axis=1), jnp.sum(real, axis=1, dtype=jnp.int32)

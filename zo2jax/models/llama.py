@@ -72,12 +72,10 @@ class LlamaConfig:
         kind = rope.get("rope_type", rope.get("type", "default"))
         scaling = None
         if kind == "llama3":
-            scaling = RopeScaling(
-                rope["factor"],
-                rope["low_freq_factor"],
-                rope["high_freq_factor"],
-                rope["original_max_position_embeddings"],
-            )
+            keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            if missing := [k for k in keys if k not in rope]:
+                raise ValueError(f"the rope scaling of Llama 3 lacks {', '.join(missing)}")
+            scaling = RopeScaling(*(rope[k] for k in keys))
         elif kind != "default":
             raise ValueError(f"the rope type is {kind!r}, expected 'default' or 'llama3'")
         stop = hub.get("eos_token_id")

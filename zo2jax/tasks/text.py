@@ -25,7 +25,7 @@ def text_files(data: str) -> list[Path]:
     files: list[Path] = []
     for part in data.split(","):
         path = Path(part.strip()).expanduser()
-        if path.is_dir():
+        if part.strip() and path.is_dir():
             found = sorted(path.glob("*.txt"))
             if not found:
                 raise FileNotFoundError(f"data: the folder {path} has no .txt files")

@@ -1,0 +1,109 @@
+"""Configs: files, names, overrides, and one clear error for each mistake."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+import zo2jax as zo
+from zo2jax.config import Config, ConfigError, find_config, load_config, with_overrides
+
+
+def test_names_others_rely_on():
+    names = {"model", "data", "steps", "directory", "seed", "batch", "tokens", "learning_rate", "eps", "dtype"}
+    assert names <= {field.name for field in fields(Config)}
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_loads_by_name_and_by_path(path):
+    by_name, by_path = find_config(path.stem)(), find_config(str(path))()
+    assert by_name.as_json() == by_path.as_json()
+    assert "zo2jax" in (path.read_text().split('"""')[1])  # the docstring gives the command
+
+
+def test_overrides_are_typed():
+    config = with_overrides(
+        Config, ["steps=12", "learning_rate=1e-5", "model=a=b", "direction=rademacher", "dtype=bfloat16", "data="]
+    )
+    assert (config.steps, config.learning_rate, config.model, config.data) == (12, 1e-5, "a=b", "")
+    assert config.make_estimator().direction is zo.rademacher and config.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stepz=5", "unknown config key 'stepz': did you mean steps"),
+        ("zzz=5", "known keys are batch, clip"),
+        ("steps", "'steps': expected key=value"),
+        ("steps=many", "steps=many: expected"),
+        ("steps=1.5", "steps=1.5: expected"),
+        ("steps=0", "steps=0: expected an integer of at least 1"),
+        ("direction=cauchy", "direction=cauchy: expected .*rademacher"),
+        ("dtype=int8", "dtype=int8: expected"),
+        ("eps=0", "eps=0.0: expected a positive number"),
+        ("learning_rate=nan", "learning_rate=nan: expected a finite number"),
+        ("held_out=1", "held_out=1.0: expected a fraction"),
+        ("seed=-1", "seed=-1: expected"),
+    ],
+)
+def test_bad_overrides(override, message):
+    with pytest.raises(ConfigError, match=message):
+        with_overrides(Config, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1", "holds 0 classes"),
+        ("raise RuntimeError('no')", r"does not run \(RuntimeError: no\)"),
+        ("def f(:", r"does not run \(SyntaxError"),
+        (
+            "from dataclasses import dataclass\nfrom zo2jax.config import Config\n"
+            "@dataclass(frozen=True, kw_only=True)\nclass A(Config): pass\n"
+            "@dataclass(frozen=True, kw_only=True)\nclass B(Config): pass\n",
+            "holds 2 classes",
+        ),
+    ],
+)
+def test_bad_config_files(tmp_path, text, message):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(str(tmp_path / "mine.py"))
+
+
+def test_unknown_config_lists_the_known_ones():
+    with pytest.raises(ConfigError, match=r"no config file 'nothing'.*demo, .*stories260k_shakespeare"):
+        load_config("nothing")
+
+
+def test_a_users_own_file(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\nfrom zo2jax.config import Config\n"
+        "@dataclass(frozen=True, kw_only=True)\nclass Mine(Config):\n    steps: int = 77\n"
+    )
+    assert load_config(str(tmp_path / "mine.py"), ["seed=3"]).steps == 77
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+    with pytest.raises(ConfigError, match=r"without config\.json"):
+        load_config(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"steps": -1}')
+    with pytest.raises(ConfigError, match=r"not the config of a run .*steps=-1"):
+        load_config(str(tmp_path))
+
+
+def test_objects():
+    config = with_overrides(Config, ["directions=3", "schedule=linear", "steps=10", "weight_decay=0.5", "clip=2"])
+    assert config.make_estimator().probes.shape == (6, 3)
+    optimizer, g = config.make_optimizer(), jnp.array([5.0, 1.0, -5.0], jnp.float32)
+    state = optimizer.init(3)
+    for t in range(3):
+        coefs, decay, state = optimizer.update(g, state)
+        rate = 1e-6 * (1 - t / 10)
+        assert [float(c) for c in coefs] == pytest.approx([-2 * rate, -rate, 2 * rate])
+        assert float(decay) == pytest.approx(rate / 2)
+    assert config.make_rounding() is zo.stochastic
+    assert config.may_grow() == () and with_overrides(Config, []).may_grow() == ("steps",)
+    cosine = with_overrides(Config, ["schedule=cosine", "steps=10"]).make_optimizer()
+    assert float(cosine.update(g, cosine.init(3))[0][0]) == pytest.approx(-5e-6)

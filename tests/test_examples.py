@@ -1,0 +1,101 @@
+"""Every file in examples/ runs and does what it says."""
+
+import importlib.util
+import os
+from pathlib import Path
+from types import ModuleType
+
+import ipykernel.kernelspec
+import jax
+import nbclient
+import nbformat
+import pytest
+
+import zo2jax as zo
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+FALLS = {"own_jit.py": 5, "linen_scan.py": 50, "nnx_donate.py": 20}
+"""Scripts that train something, and the factor by which the loss falls at least."""
+
+
+def load_example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{Path(name).stem}", EXAMPLES / name)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.__doc__ is not None and f"python examples/{name}" in module.__doc__
+    return module
+
+
+def test_every_example_is_tested():
+    assert {p.name for p in EXAMPLES.iterdir() if p.is_file()} == {*FALLS, "pretrain_tiny.py", "quickstart.ipynb"}
+
+
+@pytest.mark.parametrize("name", FALLS)
+def test_loss_falls(name, capsys):
+    before, after = load_example(name).main()
+    assert 0 < after < before / FALLS[name]
+    assert f"loss {before:.3f} -> {after:.3f}" in capsys.readouterr().out
+
+
+def test_pretrain_tiny(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    example = load_example("pretrain_tiny.py")
+    text = example.docstrings()[:100_000]
+    monkeypatch.setattr(example, "docstrings", lambda: text)
+    with jax.numpy_dtype_promotion("standard"):  # optax's cosine schedule needs it
+        example.main(tmp_path / "tiny", steps=3, batch=8, tokens=64)
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny"]
+    model = zo.load(tmp_path / "tiny")
+    assert model.dtype == "bfloat16" and model.tokenizer is not None
+    out = capsys.readouterr().out
+    assert f"{model.parameter_count:,} parameters" in out
+    assert (tmp_path / "tiny" / "README.md").read_text() in out
+
+
+@pytest.fixture
+def kernel(tmp_path_factory, monkeypatch):
+    """Makes "python3" the interpreter of the tests, with nothing read from or written to the user's folders."""
+    folder = tmp_path_factory.mktemp("jupyter")
+    ipykernel.kernelspec.write_kernel_spec(folder / "kernels" / "python3")
+    for name in ("JUPYTER_PATH", "JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
+        monkeypatch.setenv(name, str(folder))
+    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
+    paths = [str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in paths if p))
+    return "python3"
+
+
+def read_notebook() -> nbformat.NotebookNode:
+    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    return notebook
+
+
+def test_notebook_is_stored_without_outputs():
+    cells = [c for c in read_notebook().cells if c.cell_type == "code"]
+    assert cells[0].source == "# %pip install zo2jax"
+    assert all(c.outputs == [] and c.execution_count is None for c in cells)
+
+
+def test_notebook(tmp_path, kernel, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    notebook = read_notebook()
+    cells = {c.id: c for c in notebook.cells}
+    for old, new in (("steps = 300", "steps = 50"), ("characters = 500_000", "characters = 60_000")):
+        assert old in cells["parameters"].source
+        cells["parameters"].source = cells["parameters"].source.replace(old, new)
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name=kernel, resources=resources).execute()
+
+    def shown(cell: str) -> str:
+        return "".join(o.text for o in cells[cell].outputs if o.output_type == "stream" and o.name == "stdout")
+
+    lines = shown("train").splitlines()
+    before, after = (float(word) for word in lines[-1].split() if word[0].isdigit() and "." in word)
+    assert after < before and lines[-1].endswith("after 50 steps")
+    assert [list(o.data) for o in cells["plot"].outputs if "image/png" in o.data]
+    assert shown("export").splitlines()[0].count("model.safetensors") == 1
+    assert shown("export").endswith(shown("sample"))  # the exported weights are the trained ones
+    assert not [o for c in cells.values() for o in c.get("outputs", []) if o.output_type == "error"]

@@ -1,0 +1,71 @@
+"""What only a GPU can show: cuDNN attention, true float32 products, and steps of bfloat16 models."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import zo2jax as zo
+from zo2jax.models.layers import attention, cudnn_applies, linear
+from zo2jax.models.llama import LlamaConfig
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU"),
+]
+RNG = np.random.default_rng(41)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(8, 8, 64), (8, 2, 128), (4, 4, 8), (6, 3, 96)])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_cudnn_attention_is_as_near_to_float32_as_xla(dtype, heads, kv_heads, size, ragged):
+    time = 130
+    assert cudnn_applies(dtype, size)
+    q, k, v = (jnp.asarray(RNG.normal(size=(3, time, n, size)), dtype) for n in (heads, kv_heads, kv_heads))
+    lengths = jnp.array([130, 1, 77], jnp.int32) if ragged else None
+    real = np.arange(time)[None, :] < (np.asarray(lengths)[:, None] if ragged else time)
+    wide = attention(*(x.astype(jnp.float32) for x in (q, k, v)), lengths)
+    errors = {
+        name: np.abs(np.asarray(attention(q, k, v, lengths, name), np.float32) - np.asarray(wide))[
+            np.broadcast_to(real, (3, time))
+        ].max()
+        for name in ("cudnn", "xla")
+    }
+    assert errors["cudnn"] <= 2 * errors["xla"]
+    np.testing.assert_array_equal(attention(q, k, v, lengths), attention(q, k, v, lengths, "cudnn"))
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(jnp.float32, 64), (jnp.bfloat16, 12), (jnp.bfloat16, 512)])
+def test_cudnn_by_name_is_refused_where_it_does_not_apply(dtype, size):
+    x = jnp.ones((1, 4, 2, size), dtype)
+    assert attention(x, x, x, None).shape == x.shape
+    with pytest.raises(NotImplementedError, match=f"head size {size}"):
+        attention(x, x, x, None, "cudnn")
+
+
+def test_float32_is_float32():
+    """No TF32, whose products are good to three digits."""
+    x, w = RNG.normal(size=(256, 1024)), RNG.normal(size=(512, 1024))
+    y = np.asarray(jax.jit(linear)(jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32)), np.float64)
+    assert np.abs(y - x @ w.T).max() / np.abs(y).max() < 2e-6
+
+
+@pytest.mark.parametrize("direction", [zo.normal, zo.rademacher])
+def test_a_bfloat16_model_moves_alike_in_jit_scan_and_replay(direction):
+    config = LlamaConfig(
+        vocabulary=1000, size=256, hidden=688, layers=3, heads=4, kv_heads=2, head_size=64, context=128, tied=True
+    )
+    model = config.init(jax.random.key(0), jnp.bfloat16)
+    ids = jnp.asarray(RNG.integers(0, 1000, (4, 128)), jnp.int32)
+    batch = {"ids": ids, "targets": jnp.roll(ids, -1, axis=1)}
+    algorithm = zo.mezo(model.loss, zo.two_point(1e-3, direction=direction), zo.sgd(1e-4, 0.1))
+    start = algorithm.init(model.params, jax.random.key(2))
+    end, infos = jax.jit(lambda s: jax.lax.scan(lambda s, _: algorithm.step(s, batch), s, None, length=5))(start)
+    replayed = model.params
+    for t in range(5):
+        update = jax.tree.map(lambda x, t=t: x[t], infos.update)
+        replayed = zo.apply_update(replayed, update, start.leaf_ids, direction=direction)
+    jax.tree.map(np.testing.assert_array_equal, end.params, replayed)
+    moved = np.mean(np.asarray(end.params["embed"]["weight"]) != np.asarray(model.params["embed"]["weight"]))
+    assert moved > 0.01 and np.isfinite(infos.loss).all() and np.abs(infos.projected_gradient).max() > 0

@@ -1,0 +1,72 @@
+"""Which transformations of the projected gradients are accepted, and what they give."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import zo2jax as zo
+from zo2jax.optimizers import as_optimizer
+
+G = jnp.array([3.0, -0.5], jnp.float32)
+
+ACCEPTED = {
+    "scale": (optax.scale(-0.1), [-0.3, 0.05]),
+    "sgd": (optax.sgd(0.1), [-0.3, 0.05]),
+    "clip": (optax.chain(optax.clip(1.0), optax.scale(-0.1)), [-0.1, 0.05]),
+    "sign": (optax.chain(optax.scale_by_sign(), optax.scale(-0.1)), [-0.1, 0.1]),
+    "schedule": (optax.sgd(optax.linear_schedule(0.1, 0.0, 10)), [-0.3, 0.05]),
+    "clip by norm": (optax.chain(optax.clip_by_global_norm(1.0), optax.scale(-1.0)), -np.array([3, -0.5]) / 9.25**0.5),
+    "declared": (zo.faithful(optax.inject_hyperparams(optax.sgd)(0.1)), [-0.3, 0.05]),
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_faithful_transformations(name):
+    transformation, expected = ACCEPTED[name]
+    optimizer = as_optimizer(transformation)
+    coefs, decay, _ = optimizer.update(G, optimizer.init(2))
+    np.testing.assert_allclose(coefs, expected, rtol=1e-6)
+    assert coefs.dtype == decay.dtype == jnp.float32 and float(decay) == 0
+
+
+@pytest.mark.parametrize(
+    ("transformation", "why"),
+    [
+        (optax.sgd(0.1, momentum=0.9), "floats in its state .*trace.* directions z_k change"),
+        (optax.adam(1e-3), "floats in its state"),
+        (optax.lion(1e-3), "floats in its state"),
+        (optax.rmsprop(1e-3), "floats in its state"),
+        (optax.ema(0.9), "floats in its state"),
+        (optax.inject_hyperparams(optax.sgd)(0.1), "floats in its state"),
+        (optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1)), "needs the parameters .*weight_decay="),
+    ],
+)
+def test_unfaithful_transformations_are_refused(transformation, why):
+    with pytest.raises(ValueError, match=why):
+        zo.mezo(lambda p, b: p, zo.two_point(1e-3), transformation)
+
+
+def test_no_transformation_at_all():
+    with pytest.raises(TypeError, match=r"expected zo\.sgd"):
+        as_optimizer(1e-3)
+
+
+def test_sgd_uses_the_learning_rate_of_its_own_step():
+    optimizer = zo.sgd(optax.piecewise_constant_schedule(1.0, {2: 0.1}), weight_decay=0.5, transform=optax.clip(2.0))
+    state = optimizer.init(2)
+    for rate in (1.0, 1.0, 0.1, 0.1):
+        coefs, decay, state = optimizer.update(G, state)
+        np.testing.assert_allclose(coefs, [-2.0 * rate, 0.5 * rate], rtol=1e-6)
+        assert float(decay) == pytest.approx(0.5 * rate)
+
+
+def test_sgd_refuses_momentum_inside():
+    with pytest.raises(ValueError, match="floats in its state"):
+        zo.sgd(0.1, transform=optax.trace(0.9))
+
+
+@pytest.mark.parametrize("arguments", [(-1.0,), (float("nan"),), (float("inf"),), (0.1, -0.1)])
+def test_bad_rates(arguments):
+    with pytest.raises(ValueError, match=r"learning_rate is|weight_decay is"):
+        zo.sgd(*arguments)

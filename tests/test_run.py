@@ -1,0 +1,212 @@
+"""Runs: resume to the same bits, metrics without gaps, checkpoints, and what happens when things go wrong."""
+
+import itertools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import zo2jax as zo
+from zo2jax.checkpoint import Snapshots
+from zo2jax.run import read_metrics
+from zo2jax.tasks.text import HeldOut, TextBatches, load_text
+
+
+@pytest.fixture(scope="module")
+def setting(tiny_folder, text_file):
+    model = zo.load(tiny_folder)
+    text = load_text(model, str(text_file), tokens=16, batch=4)
+    return model, TextBatches(text.train, batch=4, steps=200, seed=3), HeldOut(text.held_out, 4)
+
+
+def make(setting, directory, *, dtype=None, **options):
+    model = setting[0]
+    if dtype is not None:
+        model = zo.load(model.folder, dtype=dtype)
+    options = {"key": jax.random.key(7)} | options
+    return zo.Run(model, zo.two_point(1e-2), zo.sgd(1e-3, 0.01), directory=directory, **options)
+
+
+def train(run, batches, until):
+    for batch in run.remaining(batches):
+        if run.steps_done >= until:
+            break
+        run.step(batch)
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a.model.params, b.model.params)
+    for x, y in zip(a.state.opt_state[:1], b.state.opt_state[:1], strict=True):
+        assert int(x) == int(y)
+    assert int(a.state.step) == int(b.state.step)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resume_reaches_the_same_bits(setting, tmp_path, dtype):
+    """100 steps, stop, resume, 100 steps: the weights of 200 steps in a row."""
+    _, batches, held_out = setting
+    with make(setting, tmp_path / "whole", dtype=dtype) as whole:
+        train(whole, batches, 200)
+    with make(setting, tmp_path / "parts", dtype=dtype) as first:
+        train(first, batches, 100)
+        first.evaluate(held_out)
+        first.save()
+        start = zo.load(setting[0].folder, dtype=dtype).params["embed"]["weight"]
+        moved = np.mean(np.asarray(first.model.params["embed"]["weight"]) != np.asarray(start))
+        assert moved > 0.5
+    with make(setting, tmp_path / "parts", dtype=dtype) as second:
+        assert second.steps_done == 100
+        train(second, batches, 200)
+        assert_same(whole, second)
+    steps = [line["step"] for line in read_metrics(tmp_path / "parts") if "train/loss" in line]
+    assert steps == list(range(1, 201))
+
+
+def test_metrics_of_steps_that_are_done_again_stand_once(setting, tmp_path):
+    _, batches, _ = setting
+    with make(setting, tmp_path) as run:
+        train(run, batches, 10)
+        run.save()
+        train(run, batches, 15)  # never saved
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 16, "train/lo')  # killed while writing
+    with make(setting, tmp_path) as run:
+        assert run.steps_done == 10
+        train(run, batches, 20)
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert set(lines[0]) == {"step", "train/loss", "train/projected_gradient", "tokens_per_second"}
+    assert all(isinstance(line["train/projected_gradient"], float) for line in lines)
+
+
+def test_run_is_the_step_of_mezo(setting, tmp_path):
+    """The same weights as the bare step in a user's jit, given the same coefficients; and the coefficients agree."""
+    model, batches, _ = setting
+    algorithm = zo.mezo(model.loss, zo.two_point(1e-2), zo.sgd(1e-3, 0.01))
+    state, step = algorithm.init(model.params, jax.random.key(7)), jax.jit(algorithm.step)
+    with make(setting, tmp_path) as run:
+        for batch in itertools.islice(batches, 10):
+            info = run.step(batch)
+            state, bare = step(state, batch)
+            np.testing.assert_array_equal(info.update.coefs, bare.update.coefs)
+        jax.tree.map(np.testing.assert_array_equal, run.model.params, state.params)
+
+
+def test_the_callers_model_is_left_alone(setting, tmp_path):
+    model, batches, _ = setting
+    before = jax.tree.map(np.array, model.params)
+    with make(setting, tmp_path) as run:
+        train(run, batches, 3)
+    jax.tree.map(np.testing.assert_array_equal, before, model.params)
+
+
+def test_remaining_goes_on_in_any_iterable(setting, tmp_path):
+    _, batches, _ = setting
+    with make(setting, tmp_path) as run:
+        train(run, batches, 4)
+        rest = list(run.remaining(iter([batches[i] for i in range(6)])))
+        np.testing.assert_array_equal([b["ids"] for b in rest], [batches[i]["ids"] for i in (4, 5)])
+        assert len(list(run.remaining(batches[:6]))) == 2
+
+
+def test_best_and_last_are_kept(setting, tmp_path):
+    _, batches, held_out = setting
+    with make(setting, tmp_path) as run:
+        losses = {}
+        for until in (2, 4, 6, 8):
+            train(run, batches, until)
+            losses[until] = run.evaluate(held_out)
+            run.save()
+        train(run, batches, 9)
+        run.save()  # without an evaluation
+    best = min(losses, key=losses.get)
+    snapshots = Snapshots(tmp_path / "checkpoints")
+    assert (snapshots.best, snapshots.last) == (best, 9)
+    kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    assert kept == sorted({best, 9})
+    snapshots.close()
+
+
+def test_evaluate_is_the_mean_over_tokens(setting, tmp_path):
+    model, _, held_out = setting
+    with make(setting, tmp_path) as run:
+        loss = run.evaluate(held_out)
+        total, count = 0.0, 0
+        for row in held_out.rows:
+            logits = np.asarray(model.logits(row[None, :-1]), np.float64)[0]
+            total -= sum(
+                x[t] - np.log(np.exp(x - x.max()).sum()) - x.max() for x, t in zip(logits, row[1:], strict=True)
+            )
+            count += len(row) - 1
+        assert loss == pytest.approx(total / count, rel=1e-5)
+        with pytest.raises(ValueError, match="no batches"):
+            run.evaluate([])
+    assert read_metrics(tmp_path) == [{"step": 0, "eval/loss": loss}]
+
+
+def nan_setting(setting):
+    """The same, with a weight that makes every loss NaN."""
+    model = setting[0]
+    params = jax.tree.map(lambda w: w, model.params)
+    params["head"]["norm"]["weight"] = jnp.full_like(params["head"]["norm"]["weight"], jnp.nan)
+    return (model.replace(params), *setting[1:])
+
+
+def test_losses_that_are_not_finite_stop_the_run(setting, tmp_path):
+    _, batches, _ = setting
+    with make(nan_setting(setting), tmp_path, max_skipped=3) as run:
+        with pytest.raises(zo.NonFiniteLoss, match=r"3 steps in a row .*step 3.* changed no weights"):
+            train(run, batches, 100)
+        run.save()
+    lines = read_metrics(tmp_path)
+    assert [line["train/loss"] for line in lines[:3]] == [None] * 3 and lines[0]["train/skipped"] is True
+
+
+@pytest.mark.parametrize("option", [{"key": jax.random.key(8)}, {"rounding": zo.nearest}])
+def test_another_run_in_the_directory_is_refused(setting, tmp_path, option):
+    with make(setting, tmp_path) as run:
+        train(run, setting[1], 2)
+        run.save()
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match=next(iter(option))):
+        make(setting, tmp_path, **option)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_only_named_keys_may_grow(setting, tmp_path):
+    make(setting, tmp_path, config={"steps": 10, "seed": 0}, may_grow=("steps",)).close()
+    make(setting, tmp_path, config={"steps": 20, "seed": 0}, may_grow=("steps",)).close()
+    with pytest.raises(ValueError, match="steps: 20 there, 10 now"):
+        make(setting, tmp_path, config={"steps": 10, "seed": 0}, may_grow=("steps",))
+    with pytest.raises(ValueError, match=r"batch: None there, 4 now; seed: 0 there, 1 now.*Only steps may grow"):
+        make(setting, tmp_path, config={"steps": 20, "seed": 1, "batch": 4}, may_grow=("steps",))
+    assert json.loads((tmp_path / "config.json").read_text()) == {"steps": 20, "seed": 0}
+
+
+def test_a_damaged_config_is_refused(setting, tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        make(setting, tmp_path)
+
+
+def test_a_directory_that_cannot_be_made(setting, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot be written"):
+        make(setting, tmp_path / "file" / "run")
+
+
+def test_export_holds_the_trained_weights(setting, tmp_path):
+    with make(setting, tmp_path / "run") as run:
+        train(run, setting[1], 5)
+        run.export(tmp_path / "exported")
+        exported = zo.load(tmp_path / "exported")
+        jax.tree.map(np.testing.assert_array_equal, exported.params, run.model.params)
+    assert Path(tmp_path / "exported" / "tokenizer.json").is_file()
+
+
+def test_metrics_of_no_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no metrics\.jsonl"):
+        read_metrics(tmp_path)

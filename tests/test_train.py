@@ -1,0 +1,183 @@
+"""The command line on a tiny model: train, stop, go on, evaluate, export; and its errors."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+import zo2jax as zo
+from zo2jax import cli, demo, train
+from zo2jax.config import load_config
+from zo2jax.run import Run, read_metrics
+
+
+@pytest.fixture
+def arguments(tiny_folder, text_file, tmp_path):
+    def make(*extra, directory="run"):
+        keys = {"model": tiny_folder, "data": text_file, "directory": tmp_path / directory, "steps": 6}
+        keys |= {"batch": 4, "tokens": 16, "eval_every": 4, "learning_rate": 0.001, "eps": 0.01}
+        return ["train", "stories260k_shakespeare", *(f"{k}={v}" for k, v in keys.items()), *extra]
+
+    return make
+
+
+def weights(directory):
+    return train.trained_model(directory)[1].params
+
+
+def test_train_evaluate_export(arguments, tmp_path, capsys):
+    assert cli.main(arguments()) == 0
+    run = tmp_path / "run"
+    assert (run / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    config = json.loads((run / "config.json").read_text())
+    assert config["steps"] == 6 and config["eps"] == 0.01 and "directory" not in config
+    lines = read_metrics(run)
+    assert [line["step"] for line in lines if "eval/loss" in line] == [0, 4, 6]
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4, 5, 6]
+    capsys.readouterr()
+
+    assert cli.main(["eval", str(run)]) == 0
+    assert f"step 6  held-out loss {lines[-1]['eval/loss']:.4f}" in capsys.readouterr().out
+    best = min((line for line in lines if "eval/loss" in line and line["step"]), key=lambda line: line["eval/loss"])
+    assert cli.main(["eval", "--best", str(run)]) == 0
+    assert f"step {best['step']}  held-out loss {best['eval/loss']:.4f}" in capsys.readouterr().out
+    assert cli.main(["eval", *arguments()[1:]]) == 0
+    assert f"step 0  held-out loss {lines[0]['eval/loss']:.4f}" in capsys.readouterr().out
+
+    out = tmp_path / "exported"
+    assert cli.main(["export", str(run), "-o", str(out)]) == 0
+    jax.tree.map(np.testing.assert_array_equal, zo.load(out).params, weights(run))
+    before = {p: p.read_bytes() for p in out.iterdir()}
+    assert cli.main(["export", str(run), "-o", str(out)]) == 1
+    assert "not empty" in capsys.readouterr().err and before == {p: p.read_bytes() for p in out.iterdir()}
+
+
+def test_ctrl_c_finishes_the_step_and_the_same_command_goes_on(arguments, tmp_path, capsys, monkeypatch):
+    assert cli.main(arguments(directory="whole")) == 0
+    step = Run.step
+
+    def interrupted_step(self, batch):
+        if self.steps_done == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, batch)
+
+    monkeypatch.setattr(Run, "step", interrupted_step)
+    assert cli.main(arguments()) == 130
+    assert "stopped after step 3 of 6, saved; the same command goes on" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert cli.main(arguments()) == 0
+    assert "going on after step 3" in capsys.readouterr().out
+    jax.tree.map(np.testing.assert_array_equal, weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_a_second_ctrl_c_interrupts(arguments, tmp_path, capsys, monkeypatch):
+    step = Run.step
+
+    def impatient_step(self, batch):
+        if self.steps_done == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, batch)
+
+    monkeypatch.setattr(Run, "step", impatient_step)
+    assert cli.main(arguments()) == 130
+    assert "the last checkpoint stands" in capsys.readouterr().err
+    assert train.trained_model(tmp_path / "run")[0] == 4
+
+
+def test_steps_may_grow_and_nothing_else_changes(arguments, tmp_path, capsys):
+    assert cli.main(arguments()) == 0
+    assert cli.main(arguments("steps=8")) == 0
+    assert cli.main(arguments("steps=8", directory="whole")) == 0
+    jax.tree.map(np.testing.assert_array_equal, weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert cli.main(arguments("steps=9", "eps=0.02", "seed=5")) == 1
+    error = capsys.readouterr().err
+    assert "eps: 0.01 there, 0.02 now; seed: 0 there, 5 now" in error and "Only steps may grow" in error
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_a_schedule_over_the_steps_may_not_grow(arguments, capsys):
+    assert cli.main(arguments("schedule=linear")) == 0
+    assert cli.main(arguments("schedule=linear", "steps=8")) == 1
+    assert "steps: 6 there, 8 now" in capsys.readouterr().err
+
+
+def test_a_diverging_run_stops_and_keeps_its_weights(arguments, tmp_path, capsys):
+    """A huge eps makes the losses overflow: each step is skipped, and the run stops after max_skipped of them."""
+    assert cli.main(arguments("eps=1e38", "max_skipped=2")) == 1
+    assert "the loss was not finite in 2 steps in a row" in capsys.readouterr().err
+    start = load_config(str(tmp_path / "run"))
+    jax.tree.map(np.testing.assert_array_equal, weights(tmp_path / "run"), zo.load(start.model).params)
+
+
+BAD_INPUT = {
+    "missing folder": ("model=no/such/folder/here", "no model folder at 'no/such/folder/here'"),
+    "no model": ("model=", "no model folder at"),
+    "missing data": ("data=no/such.txt", r"no file at no/such.txt"),
+    "unknown key": ("stepz=5", "did you mean steps"),
+    "context": ("tokens=65", "65 tokens do not fit the model's context of 64"),
+    "short text": ("batch=4000", "one batch needs 4000"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_clear_error(arguments, tmp_path, capsys, name):
+    override, message = BAD_INPUT[name]
+    assert cli.main(arguments(override)) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_empty_data_and_unwritable_directory(arguments, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("\n")
+    assert cli.main(arguments(f"data={tmp_path / 'empty.txt'}")) == 1
+    assert "empty.txt is empty" in capsys.readouterr().err
+    assert cli.main(arguments(f"directory={tmp_path / 'empty.txt'}")) == 1
+    assert "empty.txt cannot be written" in capsys.readouterr().err
+    assert (tmp_path / "empty.txt").read_text() == "\n"
+
+
+def test_directories_that_are_no_runs(tmp_path, capsys):
+    for command in (["export", str(tmp_path), "-o", str(tmp_path / "x")], ["eval", str(tmp_path)]):
+        assert cli.main(command) == 1
+        assert "config.json" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text(json.dumps({"model": str(demo.model_folder()), "data": "x"}))
+    assert cli.main(["export", "--best", str(tmp_path), "-o", str(tmp_path / "x")]) == 1
+    assert "has no checkpoint with a held-out loss yet" in capsys.readouterr().err
+
+
+def test_traceback_is_shown_when_asked_for():
+    with pytest.raises(ValueError, match="no config file"):
+        cli.main(["--traceback", "train", "nothing"])
+
+
+def test_demo_runs_offline(tmp_path, capsys, monkeypatch):
+    """The whole demo for a few steps; that its loss falls by 0.3 is shown by the slow test below."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "_CHARACTERS", 60_000)
+    assert cli.main(["demo", "steps=2", "batch=2", "tokens=32"]) == 0
+    out = capsys.readouterr().out
+    assert "greedy sample before" in out and "greedy sample after" in out and "nats per token" in out
+    assert (tmp_path / "runs" / "demo" / "loss.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_demo_lowers_the_held_out_loss(tmp_path, seed):
+    result = demo.demo([f"directory={tmp_path}", f"seed={seed}"])
+    assert result.first - result.last >= 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("extra", "bound"), [((), 3.60), (("dtype=bfloat16",), 3.70)])
+def test_shakespeare(stories, shakespeare, tmp_path, extra, bound):
+    """The real Llama on Shakespeare: 5.05 to at most 3.60 nats per token in 7000 steps."""
+    keys = [f"model={stories}", f"data={shakespeare}", f"directory={tmp_path}", *extra]
+    result = train.train(load_config("stories260k_shakespeare", keys))
+    assert result.first == pytest.approx(5.05, abs=0.01) and result.last <= bound
