@@ -8,6 +8,7 @@ the weights.
 """
 
 import platform
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from zo2jax.models.hub import export
 from zo2jax.models.llama import LlamaConfig
+from zo2jax.run import mean_loss
 from zo2jax.tasks.stdlib import docstrings
 from zo2jax.tasks.text import HeldOut, TextBatches, load_text
 
@@ -50,12 +52,12 @@ def main(
         vocabulary=1024, size=128, hidden=344, layers=5, heads=4, kv_heads=2, head_size=32, context=256,
         tied=True, bos_id=0, stop_ids=(1,),
     )  # fmt: skip
-    corpus = Path("docstrings.txt")
-    corpus.write_text(docstrings(), encoding="utf-8")
     model = config.init(jax.random.key(seed))
     model = replace(model, tokenizer=make_tokenizer(docstrings(), config.vocabulary))
-    text = load_text(model, str(corpus), tokens=tokens, batch=batch, held_out=0.02)
-    corpus.unlink()
+    with tempfile.TemporaryDirectory() as scratch:
+        corpus = Path(scratch) / "docstrings.txt"
+        corpus.write_text(docstrings(), encoding="utf-8")
+        text = load_text(model, str(corpus), tokens=tokens, batch=batch, held_out=0.02)
     print(f"{model.parameter_count:,} parameters, {len(text.train) * tokens:,} tokens of docstrings")
 
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 20, steps, learning_rate / 20)
@@ -75,8 +77,7 @@ def main(
             print(f"step {i:5d}  loss {float(loss):.3f}  {time.time() - start:6.0f} s", flush=True)
 
     trained = model.replace(jax.tree.map(lambda w: w.astype(jnp.bfloat16) if w.ndim >= 2 else w, params))
-    sums = [jax.jit(trained.loss_sum)(trained.params, rows) for rows in HeldOut(text.held_out, batch)]
-    held_out = float(sum(s for s, _ in sums) / sum(n for _, n in sums))
+    held_out = mean_loss(jax.jit(trained.loss_sum), trained.params, HeldOut(text.held_out, batch))
     export(trained, folder)
     readme = f"""# A small Llama trained on docstrings
 

@@ -78,6 +78,7 @@ def assert_close(ours: jax.Array, theirs: np.ndarray, real: np.ndarray) -> None:
 @pytest.fixture(scope="module", params=CASES)
 def pair(request, tmp_path_factory):
     """(the transformers model, ours loaded from its files)."""
+    pytest.importorskip("torch").set_num_threads(1)  # models this small only lose time with more
     folder = tmp_path_factory.mktemp("reference")
     if CASES[request.param] is not None:
         return make_reference(CASES[request.param], folder), zo.load(folder)

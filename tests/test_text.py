@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 
 import zo2jax as zo
 from zo2jax.models.blocks import owned_shapes
@@ -22,6 +22,8 @@ def make_model(stop_ids: tuple[int, ...] = (STOP,), vocabulary: int = VOCABULARY
     """A model (its weights do not matter here) with a tokenizer of one token per character."""
     tokenizer = Tokenizer(models.WordLevel({chr(FIRST + i): i for i in range(VOCABULARY)}, unk_token=chr(FIRST)))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    start = chr(FIRST)  # a special token, which has no place in the middle of a text
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{start} $A", special_tokens=[(start, 0)])
     shape = {"size": 4, "hidden": 4, "layers": 1, "heads": 1, "kv_heads": 1, "head_size": 4, "context": CONTEXT}
     config = LlamaConfig(vocabulary=vocabulary, stop_ids=stop_ids, **shape)
     params = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), owned_shapes(config.blocks()))

@@ -92,7 +92,8 @@ def check_faithful(transformation: Any) -> optax.GradientTransformation:
             "numbers are meant for g_k alone"
         )
     try:
-        transformation.update(_zeros(1), state, None)
+        with jax.numpy_dtype_promotion("standard"):  # optax relies on it
+            transformation.update(_zeros(1), state, None)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"the optimizer needs the parameters ({error}), as added weight decay does; it sees only the projected "

@@ -171,7 +171,9 @@ def _move_tree(
     moved = list(leaves)
     for group in _together(leaves):
         inputs = [jnp.asarray(leaves[i]) for i in group]
-        outputs = _move_leaves(inputs, leaf_keys[np.array(group)], coefs, decay, direction, rounding)
+        # The barrier keeps the choice of keys out of the kernels, so that equal leaves share one on the GPU.
+        keys_here = lax.optimization_barrier(leaf_keys[np.array(group)])
+        outputs = _move_leaves(inputs, keys_here, coefs, decay, direction, rounding)
         for i, w in zip(group, outputs, strict=True):
             moved[i] = w
     return jax.tree.unflatten(treedef, moved)

@@ -245,8 +245,10 @@ def _write(model: Model, folder: Path) -> None:
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=_SHARD_SIZE,
     )
+    os.umask(mask := os.umask(0))
     for file, members in split.filename_to_tensors.items():
         save_file({n: np.asarray(names[n]) for n in members}, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o666 & ~mask)  # safetensors makes files that only their owner may read
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
