@@ -3,12 +3,15 @@
 #   EXTRAS=dev,oracle          what is installed for the tests; oracle adds the tests against transformers on torch
 #   REQUIREMENTS=jax==0.11.2   further requirements, to pin versions
 PYTHON ?= python3
-VENV ?= .venv
+VENV ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 EXTRAS ?= dev
 REQUIREMENTS ?=
 PYTEST ?= -n 2
 
+comma := ,
 bin := $(VENV)/bin
+# What is installed is named in the stamp, so that other variables install again.
+installed := $(VENV)/.test-$(subst $(comma),-,$(EXTRAS))-$(shell echo '$(REQUIREMENTS)' | cksum | cut -d' ' -f1)
 
 .PHONY: demo test lint clean
 
@@ -18,7 +21,7 @@ demo: $(VENV)/.demo
 test: lint
 	$(bin)/python -m pytest $(PYTEST) --cov --cov-report=term $(ARGS)
 
-lint: $(VENV)/.test
+lint: $(installed)
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/mypy
@@ -30,7 +33,7 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
 	$(bin)/python -m pip install --quiet -e . $(REQUIREMENTS)
 	touch $@
 
-$(VENV)/.test: pyproject.toml | $(VENV)/bin/python
+$(installed): pyproject.toml | $(VENV)/bin/python
 	$(bin)/python -m pip install --quiet -e ".[$(EXTRAS)]" $(REQUIREMENTS)
 	touch $@ $(VENV)/.demo
 

@@ -1,4 +1,4 @@
-"""Counter-based noise (and, on it, fused GPU kernels) for zeroth-order training in JAX.
+"""Counter-based noise for zeroth-order training in JAX, on which GPU kernels build.
 
 The package imports jax and nothing of zo2jax, so that it can be used on its own.
 """

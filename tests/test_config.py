@@ -58,6 +58,7 @@ def test_bad_overrides(override, message):
         ("x = 1", "holds 0 classes"),
         ("raise RuntimeError('no')", r"does not run \(RuntimeError: no\)"),
         ("def f(:", r"does not run \(SyntaxError"),
+        ("from zo2jax.config import Config\nclass Mine(Config):\n    steps: int = 77\n", "Mine lacks @dataclass"),
         (
             "from dataclasses import dataclass\nfrom zo2jax.config import Config\n"
             "@dataclass(frozen=True, kw_only=True)\nclass A(Config): pass\n"
@@ -107,3 +108,11 @@ def test_objects():
     assert config.may_grow() == () and with_overrides(Config, []).may_grow() == ("steps",)
     cosine = with_overrides(Config, ["schedule=cosine", "steps=10"]).make_optimizer()
     assert float(cosine.update(g, cosine.init(3))[0][0]) == pytest.approx(-5e-6)
+
+
+def test_what_lies_in_the_current_folder_does_not_matter(tmp_path, monkeypatch):
+    """A folder or a script of the same name is neither a run nor a config."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo.py").write_text("raise SystemExit")
+    assert type(load_config("demo")).__name__ == "Demo"

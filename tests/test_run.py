@@ -1,7 +1,9 @@
 """Runs: resume to the same bits, metrics without gaps, checkpoints, and what happens when things go wrong."""
 
+import gc
 import itertools
 import json
+import weakref
 from pathlib import Path
 
 import jax
@@ -103,6 +105,17 @@ def test_the_callers_model_is_left_alone(setting, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, before, model.params)
 
 
+def test_the_untrained_weights_are_let_go(tiny_folder, setting, tmp_path):
+    """A step holds the weights and one probe; the model that the run started from must not stay beside them."""
+    model = zo.load(tiny_folder)
+    leaves = [weakref.ref(leaf) for leaf in jax.tree.leaves(model.params)]
+    with zo.Run(model, zo.two_point(1e-2), zo.sgd(1e-3), directory=tmp_path, key=jax.random.key(0)) as run:
+        del model
+        run.step(setting[1][0])
+        gc.collect()
+        assert not [leaf for leaf in leaves if leaf() is not None]
+
+
 def test_remaining_goes_on_in_any_iterable(setting, tmp_path):
     _, batches, _ = setting
     with make(setting, tmp_path) as run:
@@ -155,14 +168,24 @@ def nan_setting(setting):
     return (model.replace(params), *setting[1:])
 
 
-def test_losses_that_are_not_finite_stop_the_run(setting, tmp_path):
+@pytest.mark.parametrize("max_skipped", [1, 3])
+def test_losses_that_are_not_finite_stop_the_run(setting, tmp_path, max_skipped):
     _, batches, _ = setting
-    with make(nan_setting(setting), tmp_path, max_skipped=3) as run:
-        with pytest.raises(zo.NonFiniteLoss, match=r"3 steps in a row .*step 3.* changed no weights"):
+    with make(nan_setting(setting), tmp_path, max_skipped=max_skipped) as run:
+        with pytest.raises(zo.NonFiniteLoss, match=rf"in {max_skipped} steps in a row.* changed no weights"):
             train(run, batches, 100)
-        run.save()
+        run.save()  # nothing is lost
+        assert Snapshots(tmp_path / "checkpoints").last == run.steps_done == max_skipped + 1
     lines = read_metrics(tmp_path)
-    assert [line["train/loss"] for line in lines[:3]] == [None] * 3 and lines[0]["train/skipped"] is True
+    assert [line["step"] for line in lines] == list(range(1, max_skipped + 2))
+    assert all(line["train/loss"] is None and line["train/skipped"] is True for line in lines)
+
+
+def test_evaluation_before_the_first_checkpoint_stands_once(setting, tmp_path):
+    for _ in range(2):  # the first is killed before it saved anything
+        with make(setting, tmp_path) as run:
+            run.evaluate(setting[2])
+    assert len(read_metrics(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("option", [{"key": jax.random.key(8)}, {"rounding": zo.nearest}])

@@ -85,7 +85,7 @@ def test_a_second_ctrl_c_interrupts(arguments, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(Run, "step", impatient_step)
     assert cli.main(arguments()) == 130
-    assert "the last checkpoint stands" in capsys.readouterr().err
+    assert "goes on from its last checkpoint" in capsys.readouterr().err
     assert train.trained_model(tmp_path / "run")[0] == 4
 
 
@@ -110,7 +110,7 @@ def test_a_schedule_over_the_steps_may_not_grow(arguments, capsys):
 def test_a_diverging_run_stops_and_keeps_its_weights(arguments, tmp_path, capsys):
     """A huge eps makes the losses overflow: each step is skipped, and the run stops after max_skipped of them."""
     assert cli.main(arguments("eps=1e38", "max_skipped=2")) == 1
-    assert "the loss was not finite in 2 steps in a row" in capsys.readouterr().err
+    assert "not finite in 2 steps in a row" in capsys.readouterr().err
     start = load_config(str(tmp_path / "run"))
     jax.tree.map(np.testing.assert_array_equal, weights(tmp_path / "run"), zo.load(start.model).params)
 
@@ -150,6 +150,14 @@ def test_directories_that_are_no_runs(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"model": str(demo.model_folder()), "data": "x"}))
     assert cli.main(["export", "--best", str(tmp_path), "-o", str(tmp_path / "x")]) == 1
     assert "has no checkpoint with a held-out loss yet" in capsys.readouterr().err
+
+
+def test_options_that_do_not_apply_are_refused(arguments, tmp_path, capsys):
+    assert cli.main(["eval", "--best", *arguments()[1:]]) == 1
+    assert "is a config, expected the directory of a run" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text(json.dumps({"model": "m", "data": "x"}))
+    assert cli.main(["eval", str(tmp_path), "dtype=bfloat16"]) == 1
+    assert "whose model and dtype are its own" in capsys.readouterr().err
 
 
 def test_traceback_is_shown_when_asked_for():

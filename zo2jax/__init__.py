@@ -23,6 +23,7 @@ from zo2jax.mezo import mezo as mezo
 from zo2jax.models.blocks import Block as Block
 from zo2jax.models.blocks import Model as Model
 from zo2jax.models.hub import load as load
+from zo2jax.models.layers import realign as realign
 from zo2jax.optimizers import Optimizer as Optimizer
 from zo2jax.optimizers import faithful as faithful
 from zo2jax.optimizers import sgd as sgd

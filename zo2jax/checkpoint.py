@@ -26,7 +26,7 @@ class Snapshots:
     """
 
     def __init__(self, folder: Path):
-        """Opens the folder; it is made when something is saved."""
+        """Opens the folder, making it if it is not there."""
 
         def metric(metrics: Mapping[str, float]) -> float:
             return metrics.get("eval/loss", math.inf)

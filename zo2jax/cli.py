@@ -4,7 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from zo2jax import __version__
+from zo2jax import __version__, demo, train
+from zo2jax.config import load_config
+from zo2jax.models.hub import export
 
 _INTERRUPTED = 130
 
@@ -38,11 +40,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    # Imported here, so that --help and usage errors do not wait for JAX.
-    from zo2jax import demo, train
-    from zo2jax.config import load_config
-    from zo2jax.models.hub import export
-
     if arguments.command == "train":
         result = train.train(load_config(arguments.config, arguments.overrides))
         return 0 if result.finished else _INTERRUPTED
@@ -72,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"zo2jax: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("zo2jax: interrupted; the last checkpoint stands, the same command goes on from it", file=sys.stderr)
+        print("zo2jax: interrupted; a run goes on from its last checkpoint by the same command", file=sys.stderr)
         return _INTERRUPTED
 
 

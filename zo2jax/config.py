@@ -128,9 +128,19 @@ def _absolute(path: str) -> str:
 
 
 def _search_path(name: str) -> list[Path]:
-    package = Path(__file__).parent
+    """Where a config may be: the path itself if it ends in .py, ./configs, and the package's own configs."""
     file = name if name.endswith(".py") else f"{name}.py"
-    return [Path(file), Path("configs") / file, package / "configs" / file, package.parent / "configs" / file]
+    return [*([Path(file)] if file == name else []), Path("configs") / file, *packaged_configs(file)]
+
+
+def packaged_configs(file: str) -> list[Path]:
+    """Where a config that comes with the package is: in a wheel, and in a checkout.
+
+    >>> any(path.is_file() for path in packaged_configs("demo.py"))
+    True
+    """
+    package = Path(__file__).parent
+    return [package / "configs" / file, package.parent / "configs" / file]
 
 
 def find_config(name: str) -> type[Config]:
@@ -144,7 +154,7 @@ def find_config(name: str) -> type[Config]:
     """
     path = next((p for p in _search_path(name) if p.is_file()), None)
     if path is None:
-        known = sorted({f.stem for p in _search_path("x")[2:] for f in p.parent.glob("*.py")})
+        known = sorted({f.stem for p in packaged_configs("x") for f in p.parent.glob("*.py")})
         raise ConfigError(f"no config file {name!r}; those installed are {', '.join(known)}")
     spec = importlib.util.spec_from_file_location(f"zo2jax_config_{path.stem}", path)
     assert spec is not None and spec.loader is not None
@@ -157,6 +167,8 @@ def find_config(name: str) -> type[Config]:
     found = [
         c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == spec.name and issubclass(c, Config)
     ]
+    if any("__dataclass_params__" not in vars(c) for c in found):
+        raise ConfigError(f"{path}: {found[0].__name__} lacks @dataclass(frozen=True, kw_only=True)")
     if len(found) != 1:
         raise ConfigError(f"{path} holds {len(found)} classes derived from zo2jax.config.Config, expected one")
     return found[0]
@@ -204,7 +216,7 @@ def load_config(target: str, overrides: Sequence[str] = ()) -> Config:
     """
     saved = Path(target).expanduser() / "config.json"
     if not saved.is_file():
-        if Path(target).is_dir():
+        if Path(target).is_dir() and not any(path.is_file() for path in _search_path(target)):
             raise ConfigError(f"{target} is a folder without config.json: expected the directory of a run")
         return with_overrides(find_config(target), overrides)
     try:

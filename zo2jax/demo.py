@@ -1,5 +1,6 @@
 """`zo2jax demo`: adapts the small Llama that comes with the package from docstrings to source code, offline."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.panel import Panel
 
-from zo2jax.config import Config, load_config
+from zo2jax.config import Config, find_config, packaged_configs, with_overrides
 from zo2jax.models.hub import load
 from zo2jax.tasks.stdlib import source_code
 from zo2jax.train import Result, train, trained_model
@@ -27,15 +28,18 @@ def model_folder() -> Path:
 
 def demo_config(overrides: Sequence[str] = ()) -> Config:
     """The demo's config: ``configs/demo.py`` with the package's model, and a text made from the standard library."""
-    config = load_config("demo", overrides)
+    path = next(str(path) for path in packaged_configs("demo.py") if path.is_file())
+    config = with_overrides(find_config(path), overrides)
     if not config.model:
         config = replace(config, model=str(model_folder()))
     if not config.data:
-        path = Path(config.directory).expanduser() / "stdlib_code.txt"
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(source_code(_CHARACTERS), encoding="utf-8")
-        config = replace(config, data=str(path))
+        text = Path(config.directory).expanduser() / "stdlib_code.txt"
+        if not text.is_file():
+            text.parent.mkdir(parents=True, exist_ok=True)
+            scratch = text.with_suffix(".tmp")
+            scratch.write_text(source_code(_CHARACTERS), encoding="utf-8")
+            os.replace(scratch, text)
+        config = replace(config, data=str(text))
     return config
 
 

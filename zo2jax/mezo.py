@@ -47,7 +47,7 @@ class Info(NamedTuple):
     losses: jax.Array
     """float32 [M]: the loss of each probe."""
     skipped: jax.Array
-    """bool []: a loss was not finite, so the weights were left as they are."""
+    """bool []: a loss or a coefficient was not finite, so the weights were left as they are."""
     update: Update
     """What was applied to the weights."""
 
@@ -116,9 +116,10 @@ def mezo(loss_fn: LossFn, estimator: Estimator, optimizer: Any, *, rounding: Rou
             return _check_loss(loss_fn(probe, batch))
 
         losses = lax.map(member, (jnp.asarray(indices), jnp.asarray(values)))
-        good = jnp.isfinite(losses).all()
         g = estimator.coefficients(losses)
-        coefs, decay, opt_state = transform.update(jnp.where(good, g, 0), state.opt_state)
+        finite = jnp.isfinite(losses).all() & jnp.isfinite(g).all()
+        coefs, decay, opt_state = transform.update(jnp.where(finite, g, 0), state.opt_state)
+        good = finite & jnp.isfinite(coefs).all() & jnp.isfinite(decay)
         update = Update(keys, cut12(jnp.where(good, coefs, 0)), cut12(jnp.where(good, decay, 0)))
         moved = apply_update(state.params, update, state.leaf_ids, direction=estimator.direction, rounding=rounding)
         info = Info(losses.mean(), g, losses, ~good, update)

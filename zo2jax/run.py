@@ -1,5 +1,6 @@
 """A run: the step of `zo2jax.mezo` with checkpoints, metrics and resume around it."""
 
+import itertools
 import json
 import os
 import time
@@ -61,8 +62,8 @@ def _write_once(path: Path, config: Mapping[str, Any], may_grow: Sequence[str]) 
     config = json.loads(json.dumps(config))
     if path.is_file():
         try:
-            known = json.loads(path.read_text())
-        except ValueError as error:
+            known = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is not JSON ({error}): the run cannot be continued") from error
         keys = sorted(known.keys() | config.keys())
         differing = [k for k in keys if known.get(k) != config.get(k) and k not in may_grow]
@@ -127,7 +128,8 @@ class Run:
         max_skipped: int = 10,
     ):
         """Opens the directory; restores the newest checkpoint if there is one."""
-        algorithm = mezo(model.loss, estimator, optimizer, rounding=rounding)
+        bare = model.replace({})  # the jitted functions keep it, and must not keep the untrained weights
+        algorithm = mezo(bare.loss, estimator, optimizer, rounding=rounding)
         state = algorithm.init(model.params, key)
         if config is None:
             words = jax.random.key_data(state.key).tolist()
@@ -136,19 +138,19 @@ class Run:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             _write_once(self.directory / "config.json", config, may_grow)
-        except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        except OSError as error:
             raise type(error)(f"the run directory {self.directory} cannot be written ({error})") from error
-        self._model = model.replace({})
+        self._model = bare
         self._snapshots = Snapshots(self.directory / "checkpoints")
         if (last := self._snapshots.last) is not None:
             self._state = self._snapshots.restore(state, last)
         else:
             self._state = jax.tree.map(jnp.copy, state)  # the step reuses its input's memory, which is not the caller's
         self._step = jax.jit(algorithm.step, donate_argnums=0)
-        self._loss_sum = jax.jit(model.loss_sum)
+        self._loss_sum = jax.jit(bare.loss_sum)
         self._metrics_file = self.directory / "metrics.jsonl"
         self._done = int(self._state.step)
-        self._forget_metrics_after(self._done)
+        self._forget_metrics_after(-1 if last is None else last)
         self._pending: StepInfo | None = None
         self._finished: float | None = None  # when the last recorded step was done
         self._rate = float("nan")
@@ -182,7 +184,7 @@ class Run:
         """The batches that were not trained on yet; a sequence is indexed, anything else is skipped through."""
         if isinstance(batches, Sequence):
             return (batches[i] for i in range(self._done, len(batches)))
-        return (batch for i, batch in enumerate(batches) if i >= self._done)
+        return itertools.islice(batches, self._done, None)
 
     def step(self, batch: Any) -> StepInfo:
         """One step. Metrics of a step are written when the next one is under way, so that the device never waits.
@@ -192,11 +194,18 @@ class Run:
         """
         self._state, info = self._step(self._state, jax.device_put(batch))
         self._done += 1
-        self._record(self._pending)
-        tokens = _tokens(batch)
-        self._pending = StepInfo(
-            self._done, info.loss, info.projected_gradient, info.skipped, self._rate, tokens, info.update
+        previous, self._pending = (
+            self._pending,
+            StepInfo(
+                self._done, info.loss, info.projected_gradient, info.skipped, self._rate, _tokens(batch), info.update
+            ),
         )
+        self._record(previous)
+        if self._skipped_in_row >= self._max_skipped:
+            raise NonFiniteLoss(
+                f"the loss or its coefficients were not finite in {self._skipped_in_row} steps in a row, up to step "
+                f"{self._done - 1}; these steps changed no weights. Try a smaller eps or learning_rate, or look at the data"
+            )
         return self._pending
 
     def evaluate(self, batches: Iterable[Any]) -> float:
@@ -211,7 +220,7 @@ class Run:
         """Waits for the last step and writes its metrics. Updates are never pending here: a step applies its own."""
         previous, self._pending = self._pending, None
         self._record(previous)
-        self._finished = None
+        self._finished, self._rate = None, float("nan")
 
     def save(self) -> None:
         """Saves a checkpoint, durable on return. The last one is kept, and the one with the best ``eval/loss``."""
@@ -226,8 +235,10 @@ class Run:
 
     def close(self) -> None:
         """Writes what is pending and closes the checkpoints."""
-        self.flush()
-        self._snapshots.close()
+        try:
+            self.flush()
+        finally:
+            self._snapshots.close()
 
     def _record(self, info: StepInfo | None) -> None:
         if info is None:
@@ -246,12 +257,6 @@ class Run:
         }
         self._write(line | ({"train/skipped": True} if skipped else {}))
         self._skipped_in_row = self._skipped_in_row + 1 if skipped else 0
-        if self._skipped_in_row >= self._max_skipped:
-            self._skipped_in_row = 0
-            raise NonFiniteLoss(
-                f"the loss was not finite in {self._max_skipped} steps in a row (the last is step {info.step}); these "
-                "steps changed no weights. Try a smaller eps or learning_rate, or look at the data"
-            )
 
     def _write(self, line: Mapping[str, Any]) -> None:
         with self._metrics_file.open("a") as file:

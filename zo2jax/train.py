@@ -1,11 +1,11 @@
 """The main of `zo2jax train`: load, step, evaluate, save, plot; readable from top to bottom."""
 
+import contextlib
 import math
 import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from zo2jax.checkpoint import Snapshots
-from zo2jax.config import Config, load_config
+from zo2jax.config import Config, ConfigError, load_config
 from zo2jax.models.blocks import Model
 from zo2jax.models.hub import load
-from zo2jax.run import NonFiniteLoss, Run, StepInfo, mean_loss, read_metrics
+from zo2jax.run import Run, StepInfo, mean_loss, read_metrics
 from zo2jax.tasks.text import HeldOut, TextBatches, load_text
 
 
@@ -67,6 +67,7 @@ def train(config: Config, console: Console | None = None) -> Result:
         may_grow=config.may_grow(),
         max_skipped=config.max_skipped,
     )
+    del model  # the run holds its own copy
     with run, _interruptible() as interrupted:
         if run.steps_done == 0:
             _report(console, 0, run.evaluate(held_out))
@@ -82,15 +83,20 @@ def train(config: Config, console: Console | None = None) -> Result:
                         run.save()
                     if interrupted.is_set():
                         break
-            except NonFiniteLoss:
-                run.save()
+            except Exception:
+                with contextlib.suppress(Exception):  # the error that is already on its way says more
+                    run.save()
                 raise
         run.save()
         done = run.steps_done
         if done < config.steps:
             console.print(f"stopped after step {done} of {config.steps}, saved; the same command goes on from there")
     plot_losses(config.directory)
-    losses = [line["eval/loss"] for line in read_metrics(config.directory) if "eval/loss" in line]
+    losses = [
+        math.nan if line["eval/loss"] is None else line["eval/loss"]
+        for line in read_metrics(config.directory)
+        if "eval/loss" in line
+    ]
     return Result(run.directory, done, losses[0], losses[-1], done >= config.steps)
 
 
@@ -118,7 +124,12 @@ def trained_model(directory: str | Path, *, best: bool = False) -> tuple[int, Mo
 def evaluate(target: str, overrides: Sequence[str] = (), *, best: bool = False) -> tuple[int, float]:
     """(step, held-out loss in nats per token) of a run directory, or of a config's untrained model (step 0)."""
     config = load_config(target, overrides)
-    if (Path(target).expanduser() / "config.json").is_file():
+    is_run = (Path(target).expanduser() / "config.json").is_file()
+    if best and not is_run:
+        raise ConfigError(f"--best: {target} is a config, expected the directory of a run")
+    if is_run and any(override.startswith(("model=", "dtype=")) for override in overrides):
+        raise ConfigError(f"{target} is a run, whose model and dtype are its own: leave these overrides out")
+    if is_run:
         step, model = trained_model(target, best=best)
     else:
         step, model = 0, load(config.model, dtype=config.dtype or None)
@@ -150,8 +161,8 @@ def plot_losses(directory: str | Path) -> Path:
 
 
 def _running_mean(values: tuple[float, ...]) -> list[float]:
-    """Exponential mean over about 2 % of the values."""
-    keep = 1 - 1 / max(2.0, len(values) / 50)
+    """Exponential mean over about 0.5 % of the values."""
+    keep = 1 - 1 / max(2.0, len(values) / 200)
     total = weight = 0.0
     means = []
     for value in values:
@@ -164,7 +175,7 @@ def _report(console: Console, step: int, loss: float) -> None:
     console.print(f"step {step:6d}  held-out loss {loss:.4f} nats/token")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _interruptible() -> Iterator[threading.Event]:
     """Turns the first Ctrl-C into an event; the second interrupts as usual."""
     event = threading.Event()
@@ -198,7 +209,7 @@ class _Display:
             disable=not console.is_terminal,
         )
         self._task: TaskID = self._progress.add_task("train", total=config.steps, completed=done, numbers="")
-        self._tokens = config.batch * config.tokens
+        self._tokens, self._total = config.batch * config.tokens, config.steps
         self._shown = (time.monotonic(), done)
 
     def __enter__(self) -> "_Display":
@@ -212,7 +223,7 @@ class _Display:
         """Shows a step, unless another was shown less than 0.2 s ago."""
         then, step = self._shown
         elapsed = time.monotonic() - then
-        if elapsed < 0.2 or self._progress.disable:
+        if self._progress.disable or (elapsed < 0.2 and info.step < self._total):
             return
         g = math.sqrt(float((info.projected_gradient**2).sum()))
         rate = (info.step - step) * self._tokens / elapsed

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +16,6 @@ from zo2jax.models.layers import cross_entropy
 
 Params = dict[str, Any]
 Batch = Mapping[str, jax.Array]
-
-
-class Config(Protocol):
-    """What the rest of the library asks of a model's configuration.
-
-    >>> sorted(name for name in Config.__annotations__)
-    ['context', 'vocabulary']
-    """
-
-    vocabulary: int
-    context: int
-
-    def to_hub(self) -> dict[str, Any]:
-        """The contents of the Hugging Face ``config.json``."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +161,7 @@ class Model:
         """Next-token logits, float32 [batch, time, vocabulary], of int32 ids [batch, time].
 
         ``lengths`` int32 [batch] counts the real tokens of right-padded rows; logits beyond them are
-        unspecified. Left-padded input is brought into this form by `zo2jax.models.layers.realign`.
+        unspecified. Left-padded input is brought into this form by `zo2jax.realign(ids, attention_mask)`.
         """
         ids = jnp.asarray(ids, jnp.int32)
         batch = {"ids": ids} if lengths is None else {"ids": ids, "lengths": jnp.asarray(lengths, jnp.int32)}
@@ -192,7 +178,7 @@ class Model:
     def loss(self, params: Params, batch: Batch) -> jax.Array:
         """The mean loss in nats per token, float32 []; the loss function of `zo2jax.mezo`. See `loss_sum`."""
         total, count = self.loss_sum(params, batch)
-        return total / jnp.maximum(count, 1)
+        return total / jnp.where(count > 0, count, 1)
 
     def generate(self, prompt: str, tokens: int) -> str:
         """Greedy continuation of ``prompt`` by up to ``tokens`` tokens; stops at the end-of-text token.

@@ -35,9 +35,10 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), (n_out, n_in)).astype(dtype))
         self.bias = nnx.Param(jnp.zeros(n_out, jnp.float32)) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """X [..., n_in] -> [..., n_out], in x's dtype."""
-        return linear(x, self.weight[...], None if self.bias is None else self.bias[...])
+    def __call__(self, x: jax.Array, *, dtype: jnp.dtype | None = None) -> jax.Array:
+        """X [..., n_in] -> [..., n_out], in ``dtype`` or the matrix's; x is cast to the matrix's dtype first."""
+        weight = self.weight[...]
+        return linear(x.astype(weight.dtype), weight, None if self.bias is None else self.bias[...], dtype=dtype)
 
 
 class RMSNorm(nnx.Module):

@@ -197,8 +197,11 @@ class Embed(nnx.Module):
         self.weight = Linear(config.size, config.vocabulary, bias=False, dtype=dtype, rngs=rngs).weight
 
     def __call__(self, carry: None, batch: Batch) -> jax.Array:
-        """Ids [b, t] -> [b, t, size]."""
-        return self.weight[...][batch["ids"]]
+        """Ids [b, t] -> float32 [b, t, size]: the residual stream, which 16-bit matrices read and add to.
+
+        In 16 bits its rounding would drown the difference of two losses.
+        """
+        return self.weight[...][batch["ids"]].astype(jnp.float32)
 
 
 class Attention(nnx.Module):
@@ -220,7 +223,7 @@ class Attention(nnx.Module):
         q, k, v = (part(h).reshape(*h.shape[:2], -1, size) for part in (self.q, self.k, self.v))
         positions, frequencies = jnp.arange(x.shape[1]), jnp.asarray(rope_frequencies(self.config))
         mixed = attention(rotate(q, positions, frequencies), rotate(k, positions, frequencies), v, lengths)
-        return self.o(mixed.reshape(*x.shape[:2], -1))
+        return self.o(mixed.reshape(*x.shape[:2], -1), dtype=x.dtype)
 
 
 class MLP(nnx.Module):
@@ -236,7 +239,7 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """X [b, t, size] -> the same."""
         h = self.norm(x)
-        return self.down(jax.nn.silu(self.gate(h)) * self.up(h))
+        return self.down(jax.nn.silu(self.gate(h)) * self.up(h), dtype=x.dtype)
 
 
 class Layer(nnx.Module):
@@ -262,4 +265,5 @@ class Head(nnx.Module):
 
     def __call__(self, x: jax.Array, batch: Batch) -> Any:
         """X [b, t, size] -> logits [b, t, vocabulary], or (loss sum, count) with targets."""
-        return head_result(linear(self.norm(x), self.weight[...], dtype=jnp.float32), batch)
+        weight = self.weight[...]
+        return head_result(linear(self.norm(x).astype(weight.dtype), weight, dtype=jnp.float32), batch)

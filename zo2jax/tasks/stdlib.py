@@ -7,7 +7,17 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-_LEFT_OUT = {"test", "tests", "encodings", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "config"}
+_LEFT_OUT = {
+    "test",
+    "tests",
+    "encodings",
+    "idlelib",
+    "lib2to3",
+    "site-packages",
+    "dist-packages",
+    "turtledemo",
+    "config",
+}
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
