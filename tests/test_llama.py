@@ -229,7 +229,7 @@ def test_half_precision_is_near_float32(dtype, tolerance):
     logits = model.replace(half).logits(ids)
     assert logits.dtype == jnp.float32
     error = np.abs(logits - exact).max() / np.abs(exact).max()
-    assert 0 < error < tolerance, error
+    assert error < (1e-5 if jax.default_backend() == "cpu" else tolerance), error  # CPUs compute in float32
 
 
 def test_realign_keeps_the_order_of_tokens_around_holes():

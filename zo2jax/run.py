@@ -204,7 +204,8 @@ class Run:
         if self._skipped_in_row >= self._max_skipped:
             raise NonFiniteLoss(
                 f"the loss or its coefficients were not finite in {self._skipped_in_row} steps in a row, up to step "
-                f"{self._done - 1}; these steps changed no weights. Try a smaller eps or learning_rate, or look at the data"
+                f"{self._done - 1}; these steps changed no weights. Try a smaller eps or learning_rate, or look at the "
+                "data"
             )
         return self._pending
 

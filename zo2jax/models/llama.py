@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from zo2jax.models.blocks import Batch, Block, Model, head_result
-from zo2jax.models.layers import Linear, RMSNorm, attention, linear, rotate
+from zo2jax.models.layers import Linear, RMSNorm, attention, compute_dtype, linear, rotate
 
 
 @dataclass(frozen=True)
@@ -266,4 +266,4 @@ class Head(nnx.Module):
     def __call__(self, x: jax.Array, batch: Batch) -> Any:
         """X [b, t, size] -> logits [b, t, vocabulary], or (loss sum, count) with targets."""
         weight = self.weight[...]
-        return head_result(linear(self.norm(x).astype(weight.dtype), weight, dtype=jnp.float32), batch)
+        return head_result(linear(self.norm(x).astype(compute_dtype(weight.dtype)), weight, dtype=jnp.float32), batch)
