@@ -84,7 +84,7 @@ def test_notebook(tmp_path, kernel, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     notebook = read_notebook()
     cells = {c.id: c for c in notebook.cells}
-    shorter = {"steps = 300": "steps = 3", "batch, tokens = 64, 64": "batch, tokens = 8, 32", "500_000": "60_000"}
+    shorter = {"steps = 600": "steps = 3", "batch, tokens = 16, 64": "batch, tokens = 8, 32", "500_000": "60_000"}
     for old, new in shorter.items():
         assert old in cells["parameters"].source
         cells["parameters"].source = cells["parameters"].source.replace(old, new)
