@@ -227,6 +227,7 @@ DAMAGES = {
         "high_freq_factor, original_max_position_embeddings",
     ),
     "activation": (lambda f: edit_config(f, hidden_act="gelu"), ValueError, "hidden_act is 'gelu'"),
+    "layers as text": (lambda f: edit_config(f, num_hidden_layers="5"), ValueError, "found num_hidden_layers='5'"),
     "truncated": (cut, ValueError, r"model\.safetensors \(\d+ bytes\) is truncated"),
     "empty": (write("model.safetensors", ""), ValueError, r"model\.safetensors \(0 bytes\) is truncated"),
     "shard": (write(INDEX, '{"weight_map": {"a": "x.safetensors"}}'), FileNotFoundError, f"{INDEX} names .* x.safe"),

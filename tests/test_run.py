@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import zo2jax as zo
@@ -197,6 +198,20 @@ def test_another_run_in_the_directory_is_refused(setting, tmp_path, option):
     with pytest.raises(ValueError, match=next(iter(option))):
         make(setting, tmp_path, **option)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_another_optimizer_is_refused(setting, tmp_path):
+    def start(optimizer, **options):
+        return zo.Run(setting[0], zo.two_point(1e-2), optimizer, directory=tmp_path, key=jax.random.key(7), **options)
+
+    with start(zo.sgd(1e-3)) as run:
+        run.step(setting[1][0])
+        run.save()
+    with pytest.raises(ValueError, match=r"optimizer: 'sgd\(0\.001, weight_decay=0\.0\)' there, 'sgd\(0\.1,"):
+        start(zo.sgd(0.1))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint of step 1 .* does not fit this model and optimizer"):
+        start(optax.sgd(1e-3))
 
 
 def test_only_named_keys_may_grow(setting, tmp_path):

@@ -23,6 +23,8 @@ class Optimizer(NamedTuple):
 
     init: Callable[[int], Any]
     update: Callable[[jax.Array, Any], tuple[jax.Array, jax.Array, Any]]
+    name: str = "optimizer"
+    """What it is, for the config of a run."""
 
 
 class Faithful(NamedTuple):
@@ -137,7 +139,8 @@ def sgd(
             scaled, inner_state = inner.update(g, state.inner, None)
         return -rate * scaled, rate * jnp.float32(weight_decay), SGDState(state.step + 1, inner_state)
 
-    return Optimizer(init, update)
+    rate = "schedule" if callable(learning_rate) else learning_rate
+    return Optimizer(init, update, f"sgd({rate}, weight_decay={weight_decay})")
 
 
 def as_optimizer(optimizer: Any) -> Optimizer:
@@ -156,4 +159,4 @@ def as_optimizer(optimizer: Any) -> Optimizer:
             coefs, state = inner.update(g, state, None)
         return jnp.asarray(coefs, jnp.float32), _zeros(1)[0], state
 
-    return Optimizer(lambda count: inner.init(_zeros(count)), update)
+    return Optimizer(lambda count: inner.init(_zeros(count)), update, "optax")

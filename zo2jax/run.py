@@ -18,6 +18,7 @@ from zo2jax.estimators import Estimator
 from zo2jax.mezo import State, mezo
 from zo2jax.models.blocks import Model
 from zo2jax.models.hub import export
+from zo2jax.optimizers import as_optimizer
 from zo2jax.updates import Rounding, Update, stochastic
 
 
@@ -128,12 +129,18 @@ class Run:
         max_skipped: int = 10,
     ):
         """Opens the directory; restores the newest checkpoint if there is one."""
+        optimizer = as_optimizer(optimizer)
         bare = model.replace({})  # the jitted functions keep it, and must not keep the untrained weights
         algorithm = mezo(bare.loss, estimator, optimizer, rounding=rounding)
         state = algorithm.init(model.params, key)
         if config is None:
-            words = jax.random.key_data(state.key).tolist()
-            config = {"model": str(model.folder), "estimator": str(estimator), "rounding": str(rounding), "key": words}
+            config = {
+                "model": None if model.folder is None else str(model.folder.resolve()),
+                "estimator": str(estimator),
+                "optimizer": optimizer.name,
+                "rounding": str(rounding),
+                "key": jax.random.key_data(state.key).tolist(),
+            }
         self.directory = Path(directory).expanduser()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -143,7 +150,7 @@ class Run:
         self._model = bare
         self._snapshots = Snapshots(self.directory / "checkpoints")
         if (last := self._snapshots.last) is not None:
-            self._state = self._snapshots.restore(state, last)
+            self._state = self._restored(state, last)
         else:
             self._state = jax.tree.map(jnp.copy, state)  # the step reuses its input's memory, which is not the caller's
         self._step = jax.jit(algorithm.step, donate_argnums=0)
@@ -224,7 +231,10 @@ class Run:
         self._finished, self._rate = None, float("nan")
 
     def save(self) -> None:
-        """Saves a checkpoint, durable on return. The last one is kept, and the one with the best ``eval/loss``."""
+        """Saves a checkpoint, durable on return. The last one is kept, and the one with the best ``eval/loss``.
+
+        Evaluate before saving: a step that is saved already is not saved again.
+        """
         self.flush()
         loss = self._eval_loss.get(self._done)
         self._snapshots.save(self._state, {} if loss is None or not np.isfinite(loss) else {"eval/loss": loss})
@@ -240,6 +250,16 @@ class Run:
             self.flush()
         finally:
             self._snapshots.close()
+
+    def _restored(self, like: State, step: int) -> State:
+        try:
+            return self._snapshots.restore(like, step)
+        except ValueError as error:
+            self._snapshots.close()
+            raise ValueError(
+                f"the checkpoint of step {step} in {self.directory} does not fit this model and optimizer ({error}): "
+                "use those that it was made with, or another directory"
+            ) from error
 
     def _record(self, info: StepInfo | None) -> None:
         if info is None:

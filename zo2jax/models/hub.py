@@ -181,7 +181,11 @@ def read_params(config: Any, tensors: Tensors, dtype: Any) -> Params:
     for ours, theirs in names.items():
         if theirs not in tensors:
             continue
-        array = tensors[theirs]()
+        try:
+            array = tensors[theirs]()
+        except (SafetensorError, AttributeError, TypeError) as error:  # a dtype that NumPy lacks, such as float8
+            wrong.append(f"{theirs} cannot be read ({error})")
+            continue
         expected = get_leaf(shapes, ours).shape
         if array.shape != expected:
             wrong.append(f"{theirs} is {list(array.shape)}, expected {list(expected)}")

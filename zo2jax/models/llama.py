@@ -65,6 +65,8 @@ class LlamaConfig:
         needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         if missing := [k for k in needed if k not in hub]:
             raise ValueError(f"config.json lacks {', '.join(missing)}, which a Llama needs")
+        if wrong := [f"{k}={hub[k]!r}" for k in needed if not isinstance(hub[k], int)]:
+            raise ValueError(f"expected integers, found {', '.join(wrong)}")
         if hub.get("hidden_act", "silu") != "silu":
             raise ValueError(f"hidden_act is {hub['hidden_act']!r}, expected 'silu'")
         heads, size = hub["num_attention_heads"], hub["hidden_size"]
