@@ -90,7 +90,7 @@ def test_the_wheel_runs_the_demo_in_an_empty_environment(tmp_path):
     assert not [name for name in names if name.startswith(("tests", "examples"))]
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "-q", wheel, "jax!=0.12.*"], check=True)
+    subprocess.run([python, "-m", "pip", "install", "-q", wheel], check=True)
     command = [tmp_path / "venv" / "bin" / "zo2jax", "demo", "steps=20"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "nats per token" in done.stdout

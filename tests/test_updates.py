@@ -41,7 +41,7 @@ def exact(params, update, direction=zo.normal):
 
 
 @pytest.mark.parametrize("direction", [zo.normal, zo.rademacher])
-@pytest.mark.parametrize("k", [1, 2, 7])
+@pytest.mark.parametrize("k", [1, 5])
 @pytest.mark.parametrize("decay", [0.0, 0.01])
 def test_float32_against_float64(direction, k, decay):
     params, update = make_params(jnp.float32), make_update(k, decay=decay)
