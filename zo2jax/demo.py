@@ -51,7 +51,8 @@ def demo(overrides: Sequence[str] = (), console: Console | None = None) -> Resul
     result = train(config, console)
     after = trained_model(config.directory)[1].generate(PROMPT, 48)
     for title, sample in (("before", before), ("after", after)):
-        console.print(Panel(PROMPT + sample, title=f"greedy sample {title}", highlight=False))
+        shown = "\n".join(line for line in (PROMPT + sample).splitlines() if line.strip())
+        console.print(Panel(shown, title=f"greedy sample {title}", highlight=False))
     console.print(
         f"held-out loss {result.first:.3f} -> {result.last:.3f} nats per token ({result.first - result.last:.3f} less) "
         f"after {result.steps} steps of two forward passes; plot: {result.directory / 'loss.png'}",
