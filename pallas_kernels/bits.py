@@ -4,15 +4,15 @@ Everything is plain ``jax.numpy`` on float32, int32 and uint32, so that referenc
 same functions. A draw is addressed by ``(key, row, column group)``: one threefry call gives two 32-bit words,
 each word gives two values, so a group is four neighbouring columns of one row.
 
-Two words of the same address give the same value in *every* program and on every backend that follows
-IEEE-754 for ``+``, ``*`` and ``sqrt``:
-
-* no library ``log``, ``cos`` or ``sin`` is called (these differ between backends); short polynomials are used;
-* no product can be contracted with a following sum into a fused multiply-add, since each such product passes
-  through an integer mask first (`_rounded`); without that masking, jitted and eager values differ.
+One address gives the same value in *every* program and on every backend, although compilers fuse multiply-adds
+where they like and every GPU has its own approximate ``log`` and ``sin``. A word holds a radius and an angle of 16 bits
+each, so there are 65536 of either, and both are rounded to a coarse grid before they are multiplied. The scales of the
+two grids were searched for such that no radius, no sine and no cosine lies near a rounding boundary: whatever evaluates
+them to a relative 1.6e-7 rounds to the same grid point. tests/test_bits.py goes through all of them.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ import numpy as np
 from jax import lax
 
 WordMap = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+Noise = Callable[[], jax.Array]
 
 GROUP = 4
 """Columns that share one threefry call."""
@@ -30,12 +31,27 @@ ROUNDING_STREAM = 1 << 31
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
 
-# Near-minimax polynomials on the stated range; the relative error of each is below 2**-16, and z keeps 12 bits.
-_LOG = (-2.00000912, 0.99980434, -0.66516056, 0.5080658, -0.44111766, 0.285838)  # -2 log1p(t) / t, g in [rt.5, rt2)
-_SIN = (0.78539698, -0.08072476, 0.00243562)  # sin(pi x / 4) / x in x^2, |x| < 1
-_COS = (0.99998822, -0.30823113, 0.01535802)  # cos(pi x / 4) in x^2, |x| < 1
-_TWO_LN2 = 1.3862934  # 19 significant bits, so that its product with an integer below 32 is exact
+# Near-minimax polynomials on the stated range, lowest power first; relative errors below 3e-8.
+_LOG = (
+    -2.0, 0.9999995827674866, -0.6666831970214844, 0.5000588893890381, -0.39916831254959106,
+    0.3308749198913574, -0.2983478903770447, 0.28964272141456604, -0.1791960746049881,
+)  # -2 log1p(t) / t, 1 + t in [rt.5, rt2)  # fmt: skip
+_SIN = (
+    0.7853981852531433,
+    -0.08074543625116348,
+    0.002490007085725665,
+    -3.595450834836811e-05,
+)  # sin(pi x / 4) / x
+_COS = (1.0, -0.3084242641925812, 0.015849914401769638, -0.0003188805130776018)  # cos(pi x / 4); both in x^2, |x| <= 1
+_TWO_LN2 = 1.3862943611198906
 _SQRT_HALF = 0x3F3504F3  # the bits of sqrt(1/2) in float32
+
+# Radius and circle carry a scale each, found by search (docs/kernels.md); together they give z a variance of 0.99993.
+RADIUS_SCALE = 1.169596875
+"""The radius is scaled by this before it is rounded; the circle by about the inverse."""
+_CIRCLE_SCALE = 0.8551145
+_RADIUS_GRID = 2.0**-9
+_CIRCLE_GRID = 2.0**-10
 
 
 def _u32(value: int) -> np.uint32:
@@ -92,41 +108,60 @@ def cut12(x: jax.Array) -> jax.Array:
     return _float(_bits(jnp.asarray(x, jnp.float32)) & _u32(0xFFFFF000))
 
 
-def _rounded(product: jax.Array) -> jax.Array:
-    """Clears a product's last bit, which keeps compilers from contracting it with the sum that follows."""
-    return _float(_bits(product) & _u32(0xFFFFFFFE))
-
-
 def _polynomial(coefficients: tuple[float, ...], x: jax.Array) -> jax.Array:
     value = jnp.full_like(x, np.float32(coefficients[-1]))
     for c in coefficients[-2::-1]:
-        value = np.float32(c) + _rounded(x * value)
+        value = np.float32(c) + x * value
     return value
+
+
+def _snap(x: jax.Array, grid: float) -> jax.Array:
+    """Rounds to the nearest multiple of ``grid``, a power of two; zero is +0, whatever the sign of ``x``."""
+    whole = lax.round(x * np.float32(1 / grid), lax.RoundingMethod.TO_NEAREST_EVEN)
+    return jnp.where(whole == np.float32(0), np.float32(0), whole * np.float32(grid))
+
+
+def box_muller(
+    radius: jax.Array, cosine: jax.Array, sine: jax.Array, snap: Callable[[jax.Array, float], jax.Array] = _snap
+) -> tuple[jax.Array, jax.Array]:
+    """Two values of z from the radius times RADIUS_SCALE and a point of the unit circle, good to a relative 1.6e-7.
+
+    ``snap(x, grid)`` rounds to the nearest multiple of ``grid``. Together with `cut12` it is all the rounding of z.
+
+    >>> [float(z) for z in box_muller(jnp.float32(1.0), jnp.float32(0.6), jnp.float32(0.8))]
+    [0.5126953125, 0.6845703125]
+    """
+    radius, scale = snap(radius, _RADIUS_GRID), np.float32(_CIRCLE_SCALE)
+    return cut12(radius * snap(cosine * scale, _CIRCLE_GRID)), cut12(radius * snap(sine * scale, _CIRCLE_GRID))
 
 
 def normal_pair(word: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Two independent N(0, 1) values, 12 significant bits each, from one uint32 word (Box and Muller, 1958).
 
-    With m the high 16 bits, u = (m + 1/2) / 65536 and the radius is sqrt(-2 ln u); the low 16 bits choose one of
-    65536 equally spaced angles. So |z| <= 4.85. Box, G. E. P. and Muller, M. E., Ann. Math. Statist. 29 (1958).
+    With m the high half of the word and l the low half as a signed integer, u = (m + 1/2) / 65536:
+    z = sqrt(-2 ln u) (cos, sin)(2 pi l / 65536), the radius on a grid of 2**-9 / 1.17 and the circle on one of
+    2**-10 / 0.855. |z| <= 4.86. Box, G. E. P. and Muller, M. E., Ann. Math. Statist. 29 (1958).
 
     >>> [round(float(z), 3) for z in normal_pair(jnp.uint32(0x12345678))]
-    [-2.235, -0.533]
+    [-1.205, 1.959]
     """
     odd = ((word >> _u32(16)) * _u32(2) + _u32(1)).astype(jnp.int32)  # 2m + 1 = 2**17 u
     bits = lax.bitcast_convert_type(odd.astype(jnp.float32), jnp.int32)
     exponent = (bits - np.int32(_SQRT_HALF)) >> np.int32(23)  # of u * 2**17, so that its mantissa is in [rt.5, rt2)
     t = lax.bitcast_convert_type(bits - (exponent << np.int32(23)), jnp.float32) - np.float32(1)
     halvings = (np.int32(17) - exponent).astype(jnp.float32)
-    radius = cut12(jnp.sqrt(_rounded(t * _polynomial(_LOG, t)) + halvings * np.float32(_TWO_LN2)))
-    # The low word: 14 bits of angle within (-pi/4, pi/4), the sign of the cosine, and a swap of the axes.
-    offset = ((word & _u32(0x3FFF)) * _u32(2) + _u32(1)).astype(jnp.int32) - np.int32(1 << 14)
-    x = offset.astype(jnp.float32) * np.float32(2.0**-14)
-    sine = x * _polynomial(_SIN, x * x)
-    cosine = _float(_bits(_polynomial(_COS, x * x)) ^ ((word << _u32(17)) & _u32(1 << 31)))
-    swap = (word & _u32(1 << 15)) != _u32(0)
-    first, second = jnp.where(swap, sine, cosine), jnp.where(swap, cosine, sine)
-    return cut12(radius * first), cut12(radius * second)
+    squared = t * _polynomial(_LOG, t) + halvings * np.float32(_TWO_LN2)
+    radius = jnp.sqrt(squared * np.float32(RADIUS_SCALE**2))
+    # The angle as a multiple q of a quarter turn and a rest of at most an eighth turn.
+    shifted = word + _u32(1 << 13)
+    rest = (shifted & _u32(0x3FFF)).astype(jnp.int32) - np.int32(1 << 13)
+    x = rest.astype(jnp.float32) * np.float32(2.0**-13)
+    sine, cosine = x * _polynomial(_SIN, x * x), _polynomial(_COS, x * x)
+    odd_quarter = (shifted & _u32(1 << 14)) != _u32(0)
+    sign = (shifted << _u32(16)) & _u32(1 << 31)  # q in (2, 3)
+    across = (shifted ^ (shifted << _u32(1))) << _u32(16) & _u32(1 << 31)  # q in (1, 2)
+    first, second = jnp.where(odd_quarter, sine, cosine), jnp.where(odd_quarter, cosine, sine)
+    return box_muller(radius, _float(_bits(first) ^ across), _float(_bits(second) ^ sign))
 
 
 def rademacher_pair(word: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -148,20 +183,63 @@ def uniform16_pair(word: jax.Array) -> tuple[jax.Array, jax.Array]:
     return word >> _u32(16), word & _u32(0xFFFF)
 
 
-def draw(pair: WordMap, key: jax.Array, rows: jax.Array, columns: int, *, stream: int = 0) -> jax.Array:
+def draw(
+    pair: WordMap,
+    key: jax.Array,
+    rows: jax.Array,
+    columns: int,
+    *,
+    stream: int = 0,
+    first_group: jax.Array | int = 0,
+) -> jax.Array:
     """Values of the rows ``rows`` (uint32[R]) of an array with ``columns`` columns: [R, columns].
 
     ``key`` is uint32[2]. Element (r, c) is value ``c % 4`` of the threefry call with counter
-    ``(r, c // 4 + stream)``; it depends on nothing else, so any subset of rows can be drawn alone.
+    ``(r, c // 4 + stream)``; it depends on nothing else, so any subset of rows can be drawn alone, and so can the
+    columns from ``4 * first_group`` on.
 
     >>> draw(rademacher_pair, jnp.zeros(2, jnp.uint32), jnp.arange(2, dtype=jnp.uint32), 3).tolist()
     [[1.0, 1.0, -1.0], [1.0, -1.0, -1.0]]
     """
     groups = -(-columns // GROUP)
-    group = lax.broadcasted_iota(jnp.uint32, (rows.shape[0], groups), 1) + _u32(stream)
+    start = jnp.asarray(first_group, jnp.uint32) + _u32(stream)
+    group = lax.broadcasted_iota(jnp.uint32, (rows.shape[0], groups), 1) + start
     words = threefry2x32(key[0], key[1], jnp.broadcast_to(rows[:, None], group.shape), group)
     low, high = lax.optimization_barrier(words)  # computed once, not once for each of the four lanes that read them
     lane = lax.broadcasted_iota(jnp.uint32, (rows.shape[0], groups, GROUP), 2)
     first, second = pair(jnp.where(lane < _u32(2), low[:, :, None], high[:, :, None]))
     values = jnp.where(lane % _u32(2) == _u32(0), first, second)
     return values.reshape(rows.shape[0], groups * GROUP)[:, :columns]
+
+
+def round_to_nearest(x: jax.Array, dtype: Any, noise: Noise) -> jax.Array:
+    """Float32 ``x`` in ``dtype``, ties to even.
+
+    >>> float(round_to_nearest(jnp.float32(1.003), jnp.bfloat16, lambda: jnp.uint32(0)))
+    1.0
+    """
+    return x.astype(dtype)
+
+
+def round_stochastically(x: jax.Array, dtype: Any, noise: Noise) -> jax.Array:
+    """One of the two neighbours of ``x`` in ``dtype``: away from zero with probability (|x| - lower) / spacing.
+
+    ``dtype`` is bfloat16 or float16; ``noise()`` gives uint32 integers in [0, 65536), of the shape of ``x``.
+
+    >>> [float(round_stochastically(jnp.float32(1.002), jnp.bfloat16, lambda n=n: jnp.uint32(n))) for n in (0, 65535)]
+    [1.0, 1.0078125]
+    """
+    raw = _bits(x)
+    sign, magnitude = raw & _u32(1 << 31), raw & _u32(0x7FFFFFFF)
+    if dtype == jnp.bfloat16:
+        moved = (magnitude + noise()) & _u32(0xFFFF0000)
+    else:  # float16: 13 of float32's 23 fraction bits go; below 2**-14 the spacing is 2**-24 whatever the exponent
+        chance = noise()
+        moved = (magnitude + (chance >> _u32(3))) & _u32(0xFFFFE000)
+        steps = _float(magnitude) * np.float32(2.0**24)
+        whole = jnp.minimum(steps, np.float32(1024)).astype(jnp.int32).astype(jnp.float32)
+        up = jnp.where(chance.astype(jnp.int32).astype(jnp.float32) * np.float32(2.0**-16) < steps - whole, 1.0, 0.0)
+        tiny = (whole + up.astype(jnp.float32)) * np.float32(2.0**-24)
+        moved = jnp.where(magnitude < _u32(0x38800000), _bits(tiny), moved)  # 2**-14
+    moved = jnp.where(magnitude < _u32(0x7F800000), moved, magnitude)  # infinities and NaN stay
+    return _float(moved | sign).astype(dtype)

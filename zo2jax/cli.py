@@ -1,10 +1,10 @@
-"""The command line: ``zo2jax train | eval | export | demo``."""
+"""The command line: ``zo2jax train | eval | export | demo | bench``."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from zo2jax import __version__, demo, train
+from zo2jax import __version__, bench, demo, train
 from zo2jax.config import load_config
 from zo2jax.models.hub import export
 
@@ -36,6 +36,14 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = commands.add_parser("demo", help="adapt the model that comes with the package; offline, a few minutes")
     add_overrides(sub)
+
+    sub = commands.add_parser("bench", help="time and peak memory of a step, on random weights of a real model's shape")
+    sub.add_argument("shape", choices=sorted(bench.SHAPES), help="the model")
+    sub.add_argument("--layers", type=int, help="cut the model to so many layers")
+    sub.add_argument("--tokens", type=int, default=2048, help="tokens in a row")
+    sub.add_argument("--rows", type=int, default=1, help="rows in a batch")
+    sub.add_argument("--steps", type=int, default=10, help="steps in each of three timed rounds")
+    sub.add_argument("--what", choices=bench.WHAT, nargs="+", default=bench.WHAT, help="what is measured")
     return parser
 
 
@@ -48,6 +56,9 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "eval":
         step, loss = train.evaluate(arguments.target, arguments.overrides, best=arguments.best)
         print(f"step {step}  held-out loss {loss:.4f} nats/token")
+    elif arguments.command == "bench":
+        options = {name: getattr(arguments, name) for name in ("layers", "tokens", "rows", "steps", "what")}
+        bench.bench(arguments.shape, **options)
     else:
         _, model = train.trained_model(arguments.run, best=arguments.best)
         print(export(model, arguments.output))

@@ -10,7 +10,7 @@ from jax import lax
 from pallas_kernels.bits import cut12
 from zo2jax.directions import PyTree, check_key, leaf_ids, step_keys
 from zo2jax.estimators import Estimator
-from zo2jax.optimizers import as_optimizer
+from zo2jax.optimizers import Optimizer, as_optimizer
 from zo2jax.updates import Rounding, Update, apply_update, perturb, stochastic
 
 LossFn = Callable[[PyTree, Any], jax.Array]
@@ -73,6 +73,28 @@ def _check_loss(loss: jax.Array) -> jax.Array:
     return loss
 
 
+def conclude(
+    estimator: Estimator, optimizer: Optimizer, keys: jax.Array, losses: jax.Array, opt_state: Any
+) -> tuple[Info, Any]:
+    """From the M losses of a step to the update that it makes, and the optimizer's next state.
+
+    Losses or coefficients that are not finite make an update that changes nothing.
+
+    >>> from zo2jax import sgd, two_point
+    >>> estimator, optimizer = two_point(0.5), sgd(1.0)
+    >>> keys = jax.random.split(jax.random.key(0), 1)
+    >>> info, _ = conclude(estimator, optimizer, keys, jnp.array([3.0, 1.0]), optimizer.init(1))
+    >>> float(info.update.coefs[0]), bool(info.skipped)
+    (-2.0, False)
+    """
+    g = estimator.coefficients(losses)
+    finite = jnp.isfinite(losses).all() & jnp.isfinite(g).all()
+    coefs, decay, opt_state = optimizer.update(jnp.where(finite, g, 0), opt_state)
+    good = finite & jnp.isfinite(coefs).all() & jnp.isfinite(decay)
+    update = Update(keys, cut12(jnp.where(good, coefs, 0)), cut12(jnp.where(good, decay, 0)))
+    return Info(losses.mean(), g, losses, ~good, update), opt_state
+
+
 def mezo(loss_fn: LossFn, estimator: Estimator, optimizer: Any, *, rounding: Rounding = stochastic) -> Mezo:
     """A zeroth-order step for any pytree of parameters and any loss (MeZO, arXiv 2305.17333, algorithm 1).
 
@@ -116,13 +138,10 @@ def mezo(loss_fn: LossFn, estimator: Estimator, optimizer: Any, *, rounding: Rou
             return _check_loss(loss_fn(probe, batch))
 
         losses = lax.map(member, (jnp.asarray(indices), jnp.asarray(values)))
-        g = estimator.coefficients(losses)
-        finite = jnp.isfinite(losses).all() & jnp.isfinite(g).all()
-        coefs, decay, opt_state = transform.update(jnp.where(finite, g, 0), state.opt_state)
-        good = finite & jnp.isfinite(coefs).all() & jnp.isfinite(decay)
-        update = Update(keys, cut12(jnp.where(good, coefs, 0)), cut12(jnp.where(good, decay, 0)))
-        moved = apply_update(state.params, update, state.leaf_ids, direction=estimator.direction, rounding=rounding)
-        info = Info(losses.mean(), g, losses, ~good, update)
+        info, opt_state = conclude(estimator, transform, keys, losses, state.opt_state)
+        moved = apply_update(
+            state.params, info.update, state.leaf_ids, direction=estimator.direction, rounding=rounding
+        )
         return state._replace(params=moved, opt_state=opt_state, step=state.step + 1), info
 
     return Mezo(init, step)

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from zo2jax.checkpoint import Snapshots
+from zo2jax.directions import step_keys
 from zo2jax.estimators import Estimator
-from zo2jax.mezo import State, mezo
+from zo2jax.mezo import Info, State, conclude, mezo
 from zo2jax.models.blocks import Model
 from zo2jax.models.hub import export
-from zo2jax.optimizers import as_optimizer
+from zo2jax.optimizers import Optimizer, as_optimizer
+from zo2jax.stream import Sweep, forward
 from zo2jax.updates import Rounding, Update, stochastic
 
 
@@ -84,7 +87,8 @@ class Run:
     """Trains a model in a directory, and goes on where an earlier run in the same directory stopped.
 
     The directory holds ``config.json``, ``metrics.jsonl`` (one JSON object a line) and ``checkpoints``. The model's
-    arrays are copied once; `model` gives the trained one at any time. The same calls with the same directory resume,
+    arrays are left as they are, and copied block by block in the first step: drop the model then, and there is never a
+    second one in memory; `model` gives the trained one at any time. The same calls with the same directory resume,
     to the same weights as if nothing had happened.
 
     Args:
@@ -130,9 +134,8 @@ class Run:
     ):
         """Opens the directory; restores the newest checkpoint if there is one."""
         optimizer = as_optimizer(optimizer)
-        bare = model.replace({})  # the jitted functions keep it, and must not keep the untrained weights
-        algorithm = mezo(bare.loss, estimator, optimizer, rounding=rounding)
-        state = algorithm.init(model.params, key)
+        bare = model.replace({})  # what is kept, without the untrained weights
+        state = mezo(bare.loss, estimator, optimizer, rounding=rounding).init(model.params, key)
         if config is None:
             config = {
                 "model": None if model.folder is None else str(model.folder.resolve()),
@@ -152,9 +155,18 @@ class Run:
         if (last := self._snapshots.last) is not None:
             self._state = self._restored(state, last)
         else:
-            self._state = jax.tree.map(jnp.copy, state)  # the step reuses its input's memory, which is not the caller's
-        self._step = jax.jit(algorithm.step, donate_argnums=0)
-        self._loss_sum = jax.jit(bare.loss_sum)
+            self._state = state._replace(params=dict(state.params))
+        structure = jax.tree.structure(self._state.params)
+        self._sweep = Sweep(
+            bare.blocks, self._state.leaf_ids, structure, estimator.direction, rounding, borrowed=last is None
+        )
+        self._matrix = jnp.asarray(estimator.probes)
+        self._begin = jax.jit(partial(step_keys, count=estimator.directions))
+        self._conclude = jax.jit(partial(_conclude, estimator, optimizer))
+        self._nothing = Update(
+            step_keys(state.key, state.step, estimator.directions), jnp.zeros(estimator.directions), jnp.zeros(())
+        )
+        self._update = self._nothing  # what the weights still lack: a step applies the update of the one before it
         self._metrics_file = self.directory / "metrics.jsonl"
         self._done = int(self._state.step)
         self._forget_metrics_after(-1 if last is None else last)
@@ -179,13 +191,14 @@ class Run:
 
     @property
     def state(self) -> State:
-        """The state of `zo2jax.mezo`; its arrays are reused by the next step."""
-        return self._state
+        """The state of `zo2jax.mezo`, with every update applied; its arrays are reused by the next step."""
+        self._catch_up()
+        return self._state._replace(params=dict(self._state.params))
 
     @property
     def model(self) -> Model:
-        """The model with its present weights; they are reused by the next step."""
-        return self._model.replace(self._state.params)
+        """The model with its present weights, every update applied; they are reused by the next step."""
+        return self._model.replace(self.state.params)
 
     def remaining(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches that were not trained on yet; a sequence is indexed, anything else is skipped through."""
@@ -194,12 +207,21 @@ class Run:
         return itertools.islice(batches, self._done, None)
 
     def step(self, batch: Any) -> StepInfo:
-        """One step. Metrics of a step are written when the next one is under way, so that the device never waits.
+        """One step: the last step's update and this one's probes, block by block, from one read of the weights.
+
+        Metrics of a step are written when the next one is under way, so that the device never waits.
 
         Raises:
+            ValueError: for a batch without targets. It, and any batch that the model cannot take, changes no weights.
             NonFiniteLoss: after ``max_skipped`` steps in a row without a finite loss; they changed no weights.
         """
-        self._state, info = self._step(self._state, jax.device_put(batch))
+        keys = self._begin(self._state.key, self._state.step)
+        update, self._update = self._update, self._nothing
+        sums = self._sweep.train(self._state.params, update, keys, self._matrix, jax.device_put(batch))
+        if not isinstance(sums, tuple):
+            raise ValueError(f"a batch of {sorted(batch)} has no loss: expected 'ids' and 'targets'")
+        info, opt_state, step = self._conclude(keys, sums, self._state.opt_state, self._state.step)
+        self._state, self._update = self._state._replace(opt_state=opt_state, step=step), info.update
         self._done += 1
         previous, self._pending = (
             self._pending,
@@ -219,13 +241,14 @@ class Run:
     def evaluate(self, batches: Iterable[Any]) -> float:
         """The mean loss over all batches in nats per token, with every update applied; written as ``eval/loss``."""
         self.flush()
-        loss = mean_loss(self._loss_sum, self._state.params, batches)
+        loss = mean_loss(partial(forward, self._model.blocks), self._state.params, batches)
         self._eval_loss = {self._done: loss}
         self._write({"step": self._done, "eval/loss": _number(loss)})
         return loss
 
     def flush(self) -> None:
-        """Waits for the last step and writes its metrics. Updates are never pending here: a step applies its own."""
+        """Applies the last step's update, waits for it, and writes the step's metrics."""
+        self._catch_up()
         previous, self._pending = self._pending, None
         self._record(previous)
         self._finished, self._rate = None, float("nan")
@@ -250,6 +273,12 @@ class Run:
             self.flush()
         finally:
             self._snapshots.close()
+
+    def _catch_up(self) -> None:
+        """Applies the update that the weights still lack."""
+        update, self._update = self._update, self._nothing
+        if update is not self._nothing:
+            self._sweep.apply(self._state.params, update)
 
     def _restored(self, like: State, step: int) -> State:
         try:
@@ -297,6 +326,15 @@ class Run:
         scratch = self._metrics_file.with_suffix(".tmp")
         scratch.write_text("".join(kept))
         os.replace(scratch, self._metrics_file)
+
+
+def _conclude(
+    estimator: Estimator, optimizer: Optimizer, keys: jax.Array, sums: Any, opt_state: Any, step: jax.Array
+) -> tuple[Info, Any, jax.Array]:
+    """From (loss sums, counts) of the members to the step's update, the optimizer's state and the next step."""
+    total, count = sums
+    info, opt_state = conclude(estimator, optimizer, keys, total / jnp.where(count > 0, count, 1), opt_state)
+    return info, opt_state, step + 1
 
 
 def mean_loss(loss_sum: Callable[..., Any], params: Any, batches: Iterable[Any]) -> float:

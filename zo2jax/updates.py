@@ -17,9 +17,9 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import bits
-from zo2jax.directions import Direction, PyTree, is_trained, matrix_shape, normal
-
-Noise = Callable[[], jax.Array]
+from pallas_kernels.perturb import Probes, Terms
+from pallas_kernels.perturb import perturb as perturb_leaf
+from zo2jax.directions import Direction, PyTree, is_trained, normal
 
 _SMALL_LEAF = 1 << 20
 """Elements up to which equal leaves are moved together; see `_together`."""
@@ -55,89 +55,44 @@ class Rounding:
     """
 
     name: str
-    apply: Callable[[jax.Array, Any, Noise], jax.Array]
+    apply: Callable[[jax.Array, Any, bits.Noise], jax.Array]
 
     def __repr__(self) -> str:
         return self.name
 
 
-def _stochastic(x: jax.Array, dtype: Any, noise: Noise) -> jax.Array:
-    """Rounds to one of the two neighbours in ``dtype``, away from zero with probability (x - lower) / spacing."""
-    raw = lax.bitcast_convert_type(x, jnp.uint32)
-    sign, magnitude = raw & np.uint32(1 << 31), raw & np.uint32(0x7FFFFFFF)
-    if dtype == jnp.bfloat16:
-        moved = (magnitude + noise()) & np.uint32(0xFFFF0000)
-    else:  # float16: 13 of float32's 23 fraction bits go; below 2**-14 the spacing is 2**-24 whatever the exponent
-        normal_ = (magnitude + (noise() >> np.uint32(3))) & np.uint32(0xFFFFE000)
-        steps = lax.bitcast_convert_type(magnitude, jnp.float32) * np.float32(2.0**24)
-        lower = jnp.floor(steps)
-        up = noise().astype(jnp.float32) * np.float32(2.0**-16) < steps - lower
-        tiny = (lower + up.astype(jnp.float32)) * np.float32(2.0**-24)
-        is_tiny = magnitude < np.uint32(0x38800000)  # 2**-14
-        moved = jnp.where(is_tiny, lax.bitcast_convert_type(tiny, jnp.uint32), normal_)
-    rounded = lax.bitcast_convert_type(moved | sign, jnp.float32)
-    return jnp.where(jnp.isfinite(x), rounded, x).astype(dtype)
-
-
-nearest = Rounding("nearest", lambda x, dtype, noise: x.astype(dtype))
+nearest = Rounding("nearest", bits.round_to_nearest)
 """Round to nearest, ties to even. Loses updates smaller than half a spacing (91 % of 2e-6 at bf16 weights of 0.02)."""
 
-stochastic = Rounding("stochastic", _stochastic)
+stochastic = Rounding("stochastic", bits.round_stochastically)
 """Unbiased rounding, seeded by the update's first key, so that a replay rounds alike."""
-
-
-def _decayed(w: jax.Array, delta: jax.Array, decay: jax.Array | None) -> jax.Array:
-    """w + (delta - decay * w) in float32. Every product is exact, so no fusion can change a bit."""
-    if decay is not None:
-        high = bits.cut12(w)  # two halves of 12 bits, whose products with the decay's 12 bits are exact
-        delta = delta - decay * high
-        delta = delta - decay * (w - high)
-    return w + delta
-
-
-def _move_leaf(
-    w: jax.Array,
-    leaf_keys: jax.Array,
-    coefs: jax.Array,
-    decay: jax.Array | None,
-    direction: Direction,
-    rounding: Rounding,
-) -> jax.Array:
-    """One leaf after w - decay w + sum_k coefs[k] z(leaf_keys[k]), in its own dtype; leaf_keys uint32 [K, 2]."""
-    rows, columns = matrix_shape(w.shape)
-    row_numbers = jnp.arange(rows, dtype=jnp.uint32)
-
-    def drawn(pair: bits.WordMap, key: jax.Array, stream: int) -> jax.Array:
-        return bits.draw(pair, key, row_numbers, columns, stream=stream).reshape(w.shape)
-
-    def add(k: jax.Array, delta: jax.Array) -> jax.Array:
-        return delta + coefs[k] * drawn(direction.pair, leaf_keys[k], 0)
-
-    terms = leaf_keys.shape[0]
-    delta = lax.fori_loop(0, terms, add, jnp.zeros(w.shape, jnp.float32), unroll=terms == 1)
-    moved = _decayed(w.astype(jnp.float32), delta, decay if w.ndim >= 2 else None)
-    if w.dtype == jnp.float32:
-        return moved
-    return rounding.apply(moved, w.dtype, lambda: drawn(bits.uniform16_pair, leaf_keys[0], bits.ROUNDING_STREAM))
 
 
 @partial(jax.jit, static_argnames=("direction", "rounding"))
 def _move_leaves(
     leaves: list[jax.Array],
-    leaf_keys: jax.Array,
-    coefs: jax.Array,
-    decay: jax.Array | None,
+    terms: Terms | None,
+    probes: Probes | None,
     direction: Direction,
     rounding: Rounding,
-) -> list[jax.Array]:
-    """Leaves of one shape and dtype, leaf_keys uint32 [leaves, K, 2]; several are moved as one stacked array."""
+) -> list[tuple[jax.Array, jax.Array | None]]:
+    """Leaves of one shape and dtype, with keys [leaves, ...]; several are moved as one stacked array.
 
-    def move(w: jax.Array, keys: jax.Array) -> jax.Array:
-        return _move_leaf(w, keys, coefs, decay, direction, rounding)
+    Returns the weights after ``terms`` and the probes of those [M, ...], leaf by leaf.
+    """
+
+    def move(w: jax.Array, terms: Terms | None, probes: Probes | None, implementation: str | None) -> Any:
+        if terms is not None and w.ndim < 2:
+            terms = terms._replace(decay=None)
+        return perturb_leaf(
+            w, terms, probes, pair=direction.pair, rounding=rounding.apply, implementation=implementation
+        )
 
     if len(leaves) == 1:
-        return [move(leaves[0], leaf_keys[0])]
-    return list(jax.vmap(move)(jnp.stack(leaves), leaf_keys))
+        terms, probes = jax.tree.map(lambda x: x[0], (terms, probes))
+        return [move(leaves[0], terms, probes, None)]
+    moved, members = jax.vmap(partial(move, implementation="xla"))(jnp.stack(leaves), terms, probes)
+    return [(w, None if members is None else members[i]) for i, w in enumerate(moved)]
 
 
 def _together(leaves: list[Any]) -> list[list[int]]:
@@ -153,30 +108,60 @@ def _together(leaves: list[Any]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _move_tree(
+def move(
     params: PyTree,
     leaf_ids: jax.Array,
-    keys: jax.Array,
-    coefs: jax.Array,
-    decay: jax.Array | None,
-    direction: Direction,
-    rounding: Rounding,
-) -> PyTree:
-    if decay is not None:
-        # Where weights and decay are constants of a program, XLA would reorder the sums of their products.
-        decay = lax.optimization_barrier(decay)
+    update: Update | None,
+    keys: jax.Array | None = None,
+    matrix: jax.Array | None = None,
+    *,
+    direction: Direction = normal,
+    rounding: Rounding = stochastic,
+) -> tuple[PyTree, PyTree]:
+    """The weights after an update and the probes of those weights, from one read of each leaf: (params, members).
+
+    ``keys`` (typed, [K]) and ``matrix`` (float32 [M, K]) are those of the probes theta + sum_k matrix[m, k] z(keys[k]);
+    each leaf of ``members`` has the members along its first axis, [M, ...]; leaves that are not trained are repeated.
+    ``members`` is None without them.
+    The results are those of `apply_update` and then `perturb` for each row, in every bit.
+
+    >>> from zo2jax.directions import leaf_ids, rademacher
+    >>> params = {"w": jnp.zeros((1, 2))}
+    >>> _, members = move(params, leaf_ids(params), None, jax.random.split(jax.random.key(0), 1),
+    ...                   jnp.array([[1.0], [-1.0]]), direction=rademacher)
+    >>> (members["w"][0] == -members["w"][1]).all().item()
+    True
+    """
     leaves, treedef = jax.tree.flatten(params)
-    data = jax.random.key_data(keys)
-    leaf_keys = jax.vmap(lambda ident: jax.vmap(lambda key: bits.fold(key, ident))(data))(jnp.asarray(leaf_ids))
+    terms = probes = None
+    if update is not None:
+        count = len(leaves)
+        coefs, decay = bits.cut12(update.coefs)[None], bits.cut12(update.decay)[None]
+        terms = Terms(
+            _leaf_keys(update.keys, leaf_ids)[:, None],
+            jnp.broadcast_to(coefs, (count, *coefs.shape)),
+            jnp.broadcast_to(decay, (count, *decay.shape)),
+        )
+    if keys is not None and matrix is not None:
+        matrix = bits.cut12(matrix)
+        probes = Probes(_leaf_keys(keys, leaf_ids), jnp.broadcast_to(matrix, (len(leaves), *matrix.shape)))
     moved = list(leaves)
+    members = [w if probes is None else jnp.broadcast_to(w, (probes.matrix.shape[1], *jnp.shape(w))) for w in leaves]
     for group in _together(leaves):
-        inputs = [jnp.asarray(leaves[i]) for i in group]
-        # The barrier keeps the choice of keys out of the kernels, so that equal leaves share one on the GPU.
-        keys_here = lax.optimization_barrier(leaf_keys[np.array(group)])
-        outputs = _move_leaves(inputs, keys_here, coefs, decay, direction, rounding)
-        for i, w in zip(group, outputs, strict=True):
-            moved[i] = w
-    return jax.tree.unflatten(treedef, moved)
+        here = np.array(group)
+        # The barrier keeps the choice of keys out of the programs, so that equal leaves share one on the GPU.
+        ours = lax.optimization_barrier(jax.tree.map(lambda x, here=here: x[here], (terms, probes)))
+        outputs = _move_leaves([jnp.asarray(leaves[i]) for i in group], *ours, direction, rounding)
+        for i, (w, probed) in zip(group, outputs, strict=True):
+            moved[i], members[i] = w, probed
+    probed = None if probes is None else jax.tree.unflatten(treedef, members)
+    return jax.tree.unflatten(treedef, moved), probed
+
+
+def _leaf_keys(keys: jax.Array, leaf_ids: jax.Array) -> jax.Array:
+    """The threefry keys of each leaf's noise: uint32 [leaves, K, 2]."""
+    data = jax.random.key_data(keys)
+    return jax.vmap(lambda ident: jax.vmap(lambda key: bits.fold(key, ident))(data))(jnp.asarray(leaf_ids))
 
 
 def apply_update(
@@ -198,8 +183,7 @@ def apply_update(
     >>> apply_update(params, update, leaf_ids(params))["w"].tolist()
     [[0.75, 0.75], [0.75, 0.75]]
     """
-    coefs, decay = bits.cut12(update.coefs), bits.cut12(update.decay)
-    return _move_tree(params, jnp.asarray(leaf_ids), update.keys, coefs, decay, direction, rounding)
+    return move(params, leaf_ids, update, direction=direction, rounding=rounding)[0]
 
 
 def perturb(
@@ -214,4 +198,5 @@ def perturb(
     >>> jnp.abs(probe["w"]).tolist()
     [[1.0, 1.0]]
     """
-    return _move_tree(params, jnp.asarray(leaf_ids), keys, bits.cut12(coefs), None, direction, nearest)
+    members = move(params, leaf_ids, None, keys, coefs[None], direction=direction)[1]
+    return jax.tree.map(lambda w: w[0], members)

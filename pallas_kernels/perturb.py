@@ -1,0 +1,272 @@
+"""Update and probes of a weight array from one read of it: a Mosaic GPU kernel beside its XLA reference.
+
+A program of the grid moves ``_TILES`` groups of four neighbouring weights; a thread holds whole groups, so that one
+threefry call serves the four. Nothing but the weights and the results passes through memory.
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu
+
+from pallas_kernels import bits, reference
+from pallas_kernels.implementations import choose
+from pallas_kernels.reference import Address, Probes, Rounding, Shard, Terms
+
+plgpu: Any = mosaic_gpu  # untyped, like the next: kernels need more of it than the oldest jax supported has
+_log2: Any = getattr(lax, "log2", None)
+
+_TILES = (512, 256, 128)  # groups of four weights in one program: the first that divides the array
+_THREADS = 128
+_TOGETHER = 8  # probes whose sums over several directions are kept in registers at once
+
+
+class _Plan(NamedTuple):
+    """What a kernel is compiled for, besides the shapes of its arguments."""
+
+    row_shape: tuple[int, ...]
+    row_strides: tuple[int, ...]
+    lead: int
+    columns: int
+    groups: int
+    """Of four columns, in a row."""
+    pair: bits.WordMap
+    rounding: Rounding
+    implementation: str
+
+
+def perturb(
+    w: jax.Array,
+    terms: Terms | None = None,
+    probes: Probes | None = None,
+    *,
+    pair: bits.WordMap = bits.normal_pair,
+    rounding: Rounding = bits.round_to_nearest,
+    shard: Shard | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """The weights after an update, and probes of those weights: (w, members [M, *w.shape] or None).
+
+    w <- w - decay w + sum_k coefs[k] z(keys[k]) for each update of ``terms`` in turn, then
+    members[m] = w + sum_k matrix[m, k] z(probes.keys[k]). Sums are formed in float32, small terms first, and rounded
+    once an update; every product is exact (see `pallas_kernels.bits.cut12`). So it does not matter, to the bit, whether
+    an update is applied with the probes, before them, or together with others, nor how an array is cut into shards.
+    MeZO, arXiv 2305.17333, algorithm 1; the fusion is that of ZO2, arXiv 2503.12668.
+
+    Args:
+        w: float32, bfloat16 or float16, any shape. Its memory is reused where the caller's program lets go of it.
+        terms: the updates, or None.
+        probes: the probes, or None.
+        pair: the distribution of z: `bits.normal_pair`, `bits.rademacher_pair`, or another map from words to values.
+        rounding: of updates of 16-bit weights: `bits.round_to_nearest` or `bits.round_stochastically`, which takes its
+            bits from the update's first key.
+        shard: if ``w`` is a part of a larger array.
+        implementation: "xla"; "mosaic" (NVIDIA GPUs from compute capability 9.0); "mosaic_portable", the same without
+            hardware functions, slower with the same results; "interpret", which runs that kernel on the CPU; None for
+            the best that applies.
+
+    Raises:
+        NotImplementedError: for another dtype, or if the implementation named does not apply, with the reason.
+        ValueError: for arguments that do not fit one another.
+
+    >>> key = jnp.zeros((1, 2), jnp.uint32)
+    >>> w, members = perturb(jnp.ones(3), probes=Probes(key, jnp.array([[1.0], [-1.0]])), pair=bits.rademacher_pair)
+    >>> members.tolist()
+    [[2.0, 2.0, 0.0], [0.0, 0.0, 2.0]]
+    """
+    _check(w, terms, probes)
+    where = reference.address(w.shape, shard)
+    groups = -(-(where.lead + where.columns) // bits.GROUP)
+    too_large = math.prod(where.row_shape) * groups >= 1 << 32
+    chosen = choose("perturb", implementation, f"{w.shape} has 2**34 elements or more" if too_large else None)
+    plan = _Plan(where.row_shape, where.row_strides, where.lead, where.columns, groups, pair, rounding, chosen)
+    if chosen == "xla" or w.size == 0 or (terms is None and probes is None):
+        return _xla(plan, where.origin, w, terms, probes)
+    if implementation is not None:
+        return _mosaic(plan, where.origin, w, terms, probes)
+    return lax.platform_dependent(
+        where.origin, w, terms, probes, cuda=partial(_mosaic, plan), default=partial(_xla, plan)
+    )
+
+
+def _check(w: jax.Array, terms: Terms | None, probes: Probes | None) -> None:
+    if w.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"perturb of {w.dtype}{list(w.shape)}: expected float32, bfloat16 or float16")
+    if terms is not None:
+        updates, directions = terms.coefs.shape if terms.coefs.ndim == 2 else (0, 0)
+        decay = (updates,) if terms.decay is None else terms.decay.shape
+        if not updates or not directions or terms.keys.shape != (updates, directions, 2) or decay != (updates,):
+            raise ValueError(
+                f"terms have keys{list(terms.keys.shape)}, coefs{list(terms.coefs.shape)}, decay{list(decay)}: "
+                "expected [U, K, 2], [U, K], [U], none of them empty"
+            )
+    if probes is not None:
+        members, directions = probes.matrix.shape if probes.matrix.ndim == 2 else (0, 0)
+        if not members or not directions or probes.keys.shape != (directions, 2):
+            raise ValueError(
+                f"probes have keys{list(probes.keys.shape)}, matrix{list(probes.matrix.shape)}: "
+                "expected [K, 2], [M, K], neither of them empty"
+            )
+
+
+# --- the kernel -------------------------------------------------------------------------------------------------------
+
+
+def _normal_by_hardware(word: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`bits.normal_pair` by way of log2, exp2, sin and cos, each one instruction of the GPU."""
+    u = lax.bitcast_convert_type(((word >> np.uint32(9)) & np.uint32(0x7FFF80)) | np.uint32(0x3F800000), jnp.float32)
+    u = u - np.float32(1 - 2.0**-17)
+    shift = np.float32(0.5 * math.log2(2 * math.log(2)) + math.log2(bits.RADIUS_SCALE))
+    radius = lax.exp2(np.float32(0.5) * _log2(-_log2(u)) + shift)
+    angle = word.astype(jnp.int16).astype(jnp.float32) * np.float32(math.pi / 2**15)
+    return bits.box_muller(radius, jnp.cos(angle), jnp.sin(angle), _snap_by_adding)
+
+
+def _snap_by_adding(x: jax.Array, grid: float) -> jax.Array:
+    """Rounds to multiples of ``grid``: float32 has no finer steps beyond 2**23 grid. XLA would cancel the two sums."""
+    shift = np.float32(1.5 * 2**23 * grid)
+    return (x + shift) - shift
+
+
+_BY_HARDWARE: dict[bits.WordMap, bits.WordMap] = {bits.normal_pair: _normal_by_hardware}
+
+
+def _xla(
+    plan: _Plan, origin: jax.Array, w: jax.Array, terms: Terms | None, probes: Probes | None
+) -> tuple[jax.Array, jax.Array | None]:
+    where = Address(origin, plan.row_shape, plan.row_strides, plan.lead, plan.columns)
+    return reference.perturb_at(where, w, terms, probes, plan.pair, plan.rounding)
+
+
+def _mosaic(
+    plan: _Plan, origin: jax.Array, w: jax.Array, terms: Terms | None, probes: Probes | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Runs the kernel; under vmap the reference, which has the same bits, takes its place."""
+
+    @jax.custom_batching.custom_vmap
+    def run(origin: jax.Array, w: jax.Array, terms: Terms | None, probes: Probes | None) -> Any:
+        return _launch(plan, origin, w, terms, probes)
+
+    @run.def_vmap
+    def batched(size: int, in_batched: Any, *arguments: Any) -> Any:
+        axes = jax.tree.map(lambda batched: 0 if batched else None, tuple(in_batched))
+        outputs = jax.vmap(partial(_xla, plan), in_axes=axes, axis_size=size)(*arguments)
+        return outputs, jax.tree.map(lambda _: True, outputs)
+
+    return run(origin, w, terms, probes)
+
+
+@partial(jax.jit, static_argnums=0)
+def _launch(
+    plan: _Plan, origin: jax.Array, w: jax.Array, terms: Terms | None, probes: Probes | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Brings the array into the form [programs, groups, 4] and launches the kernel.
+
+    That form costs nothing, unless rows are no multiple of four columns or the array none of 512 elements: those are
+    padded, which takes a copy.
+    """
+    rows = math.prod(plan.row_shape)
+    width, columns = plan.groups * bits.GROUP, plan.columns
+    groups = rows * plan.groups
+    padded = -(-groups // _TILES[-1]) * _TILES[-1]
+    tile = next(t for t in _TILES if padded % t == 0)
+    tiled = (padded // tile, tile, bits.GROUP)
+
+    def pack(x: jax.Array) -> jax.Array:
+        if width != columns:
+            x = jnp.pad(x.reshape(rows, columns), ((0, 0), (plan.lead, width - columns - plan.lead)))
+        return jnp.pad(x.reshape(-1), (0, (padded - groups) * bits.GROUP)).reshape(tiled)
+
+    def unpack(x: jax.Array) -> jax.Array:
+        lead = x.shape[: -len(tiled)]
+        x = x.reshape(*lead, -1)[..., : groups * bits.GROUP]
+        if width != columns:
+            x = x.reshape(*lead, rows, width)[..., plan.lead : plan.lead + columns]
+        return x.reshape(*lead, *w.shape)
+
+    members = None if probes is None else jax.ShapeDtypeStruct((probes.matrix.shape[0], *tiled), w.dtype)
+    kernel = plgpu.kernel(
+        partial(_body, plan),
+        out_type=() if members is None else (members,),
+        grid=tiled[:1],
+        grid_names=("program",),
+        compiler_params=plgpu.CompilerParams(approx_math=plan.implementation == "mosaic"),
+        interpret=plgpu.InterpretGPUParams() if plan.implementation == "interpret" else None,
+    )
+    if terms is None:
+        (out,) = kernel(pack(w), origin, terms, probes)
+        return w, unpack(out)
+    in_place = jax.new_ref(pack(w))
+    out = kernel(in_place, origin, terms, probes)
+    return unpack(jax.freeze(in_place)), (None if members is None else unpack(out[0]))
+
+
+def _body(plan: _Plan, w_ref: Any, origin: Any, terms: Any, probes: Any, *outputs: Any) -> None:
+    """One program: ``tile`` groups. Arrays are (tile, 4); a thread holds whole groups, in the layout ``of_weights``."""
+    tile, dtype = w_ref.shape[1], w_ref.dtype
+    of_weights = plgpu.Layout.TILED(
+        plgpu.Tiling(((_THREADS, bits.GROUP), (32, bits.GROUP))), warp_dims=(-4,), lane_dims=(-2,), vector_dim=-1
+    )
+    of_groups = of_weights.reduce(1)
+    program = lax.axis_index("program")
+    index = plgpu.broadcasted_iota(jnp.uint32, (tile,), 0, layout=of_groups) + (program * tile).astype(jnp.uint32)
+    local = index // np.uint32(plan.groups)
+    group = index - local * np.uint32(plan.groups) + origin[1]
+    row = Address(origin, plan.row_shape, plan.row_strides, plan.lead, plan.columns).rows(local)
+    lane = plgpu.broadcasted_iota(jnp.int32, (tile, bits.GROUP), 1, layout=of_weights)
+
+    def spread(x: jax.Array) -> jax.Array:
+        return plgpu.layout_cast(lax.broadcast_in_dim(x, (tile, bits.GROUP), (0,)), of_weights)
+
+    def drawn(of: bits.WordMap, key: tuple[jax.Array, jax.Array], stream: int = 0) -> jax.Array:
+        words = bits.threefry2x32(*key, row, group + np.uint32(stream) if stream else group)
+        a, b, c, d = (spread(x) for word in words for x in of(word))
+        return jnp.where(lane < 2, jnp.where(lane < 1, a, b), jnp.where(lane < 3, c, d))
+
+    def zeros() -> jax.Array:
+        return plgpu.layout_cast(jnp.zeros((tile, bits.GROUP), jnp.float32), of_weights)
+
+    pair = _BY_HARDWARE.get(plan.pair, plan.pair) if plan.implementation == "mosaic" else plan.pair
+    wide = plgpu.load(w_ref.at[program], layout=of_weights, optimized=False).astype(jnp.float32)
+    if terms is not None:
+        keys, coefs, decay = terms
+
+        def update(u: Any, x: jax.Array) -> jax.Array:
+            def term(k: Any) -> jax.Array:
+                return coefs[u, k] * drawn(pair, (keys[u, k, 0], keys[u, k, 1]))
+
+            terms = coefs.shape[1]
+            delta = term(0) if terms == 1 else lax.fori_loop(0, terms, lambda k, d: d + term(k), zeros())
+            x = reference.decayed(x, delta, None if decay is None else decay[u], dtype)
+            if dtype == jnp.float32:
+                return x
+            first = (keys[u, 0, 0], keys[u, 0, 1])
+            x = plan.rounding(x, dtype, lambda: drawn(bits.uniform16_pair, first, bits.ROUNDING_STREAM))
+            return x.astype(jnp.float32)
+
+        updates = coefs.shape[0]
+        wide = update(0, wide) if updates == 1 else lax.fori_loop(0, updates, update, wide)
+        w_ref[program] = wide.astype(dtype)
+    if probes is not None:
+        keys, matrix = probes
+        members, directions = matrix.shape
+        if directions == 1:
+            z = drawn(pair, (keys[0, 0], keys[0, 1]))
+            for m in range(members):
+                outputs[0][m, program] = (wide + matrix[m, 0] * z).astype(dtype)
+            return
+        for start in range(0, members, _TOGETHER):
+            chunk = range(start, min(start + _TOGETHER, members))
+
+            def accumulate(k: Any, deltas: tuple[jax.Array, ...], chunk: range = chunk) -> tuple[jax.Array, ...]:
+                z = drawn(pair, (keys[k, 0], keys[k, 1]))
+                return tuple(delta + matrix[m, k] * z for m, delta in zip(chunk, deltas, strict=True))
+
+            deltas = lax.fori_loop(0, directions, accumulate, tuple(zeros() for _ in chunk))
+            for m, delta in zip(chunk, deltas, strict=True):
+                outputs[0][m, program] = (wide + delta).astype(dtype)

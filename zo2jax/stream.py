@@ -1,0 +1,188 @@
+"""Sweeps: carries go through the blocks of a model one block at a time, in one compiled program per kind of block.
+
+A visit of a training sweep applies the last step's update to a block, makes the probes of the new weights from the same
+read, and takes all members of the population one block further; what it leaves behind are the block's weights and the
+carries. So the memory it needs is that of one block's largest leaf, M times, whatever the size of the model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+
+from zo2jax.directions import Direction
+from zo2jax.models.blocks import Batch, Block, Params, get_leaf, set_leaf
+from zo2jax.updates import Rounding, Update, move
+
+
+class _Kind:
+    """What equal blocks share: all but the name. Compared by identity, since hashing a Flax graph takes long."""
+
+    def __init__(self, block: Block):
+        self.block = block
+
+
+@lru_cache(maxsize=256)
+def _kind_of(nameless: Block) -> _Kind:
+    return _Kind(nameless)
+
+
+def _kinds(blocks: Sequence[Block]) -> list[_Kind]:
+    return [_kind_of(replace(block, name="")) for block in blocks]
+
+
+def _with_tied(leaves: Params, tied: Params) -> Params:
+    """A block's leaves with those it shares; the dictionaries are copied, the arrays are not."""
+    leaves = jax.tree.map(lambda x: x, leaves)
+    for name, value in tied.items():
+        set_leaf(leaves, name, value)
+    return leaves
+
+
+@partial(jax.jit, static_argnames=("kind", "last", "direction", "rounding"), donate_argnames="leaves")
+def _visit(
+    kind: _Kind,
+    leaves: Params,
+    tied: Params,
+    ids: tuple[Any, Any],
+    update: Update,
+    keys: jax.Array,
+    matrix: jax.Array,
+    carry: Any,
+    batch: Batch,
+    last: bool,
+    direction: Direction,
+    rounding: Rounding,
+) -> tuple[Params, Any]:
+    """One block: its leaves after the update, and the members' carries [M, ...] after the block."""
+    leaves, members = move(leaves, ids[0], update, keys, matrix, direction=direction, rounding=rounding)
+    if tied:  # a tied leaf was moved with its owner
+        members = _with_tied(members, move(tied, ids[1], None, keys, matrix, direction=direction)[1])
+    if last:  # one member after the other: logits are the largest activations by far
+        return leaves, lax.map(lambda member: kind.block.apply(member[0], member[1], batch), (members, carry))
+    return leaves, jax.vmap(kind.block.apply, in_axes=(0, 0, None), axis_size=len(matrix))(members, carry, batch)
+
+
+@partial(jax.jit, static_argnames=("direction", "rounding"), donate_argnums=0)
+def _apply(leaves: Params, ids: Any, update: Update, direction: Direction, rounding: Rounding) -> Params:
+    return move(leaves, ids, update, direction=direction, rounding=rounding)[0]
+
+
+@partial(jax.jit, static_argnums=0)
+def _forward(kind: _Kind, leaves: Params, tied: Params, carry: Any, batch: Batch) -> Any:
+    return kind.block.apply(_with_tied(leaves, tied), carry, batch)
+
+
+class Sweep:
+    """Training sweeps over resident blocks.
+
+    Args:
+        blocks: the model's.
+        leaf_ids: uint32, one for each leaf of ``{block name: leaves}`` in pytree order (`zo2jax.directions.leaf_ids`).
+        structure: that pytree's structure.
+        direction: the distribution of z.
+        rounding: of the updates of 16-bit leaves.
+        borrowed: whether the first parameters belong to somebody else. Then each block is copied before it is changed
+            for the first time; the others' arrays are let go one by one.
+
+    >>> from zo2jax.models.llama import LlamaConfig
+    >>> from zo2jax.directions import leaf_ids, normal
+    >>> from zo2jax.updates import stochastic
+    >>> config = LlamaConfig(vocabulary=8, size=8, hidden=8, layers=2, heads=2, kv_heads=1, head_size=4, context=16)
+    >>> model = config.init(jax.random.key(0))
+    >>> sweep = Sweep(model.blocks, leaf_ids(model.params), jax.tree.structure(model.params), normal, stochastic)
+    >>> len(sweep.kinds), len(set(sweep.kinds))
+    (4, 3)
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        leaf_ids: Any,
+        structure: Any,
+        direction: Direction,
+        rounding: Rounding,
+        *,
+        borrowed: bool = False,
+    ):
+        """Sorts out which leaves each block owns and which it shares."""
+        self._borrowed = {block.name for block in blocks} if borrowed else set()
+        self.blocks, self.kinds = tuple(blocks), _kinds(blocks)
+        self._direction, self._rounding = direction, rounding
+        ids = jax.tree.unflatten(structure, np.asarray(leaf_ids, np.uint32))
+        self._ids = {
+            block.name: (
+                np.array(jax.tree.leaves(ids[block.name]), np.uint32),
+                np.array(jax.tree.leaves(_tied(block, ids)), np.uint32),
+            )
+            for block in blocks
+        }
+
+    def train(self, params: Params, update: Update, keys: jax.Array, matrix: jax.Array, batch: Batch) -> Any:
+        """Applies ``update`` and evaluates the probes of the result: what the last block returns, [M, ...].
+
+        ``keys`` (typed, [K]) and ``matrix`` (float32 [M, K]) are those of `zo2jax.updates.move`. The new leaves take
+        the place of the old in the dictionary ``params``, and their memory. If a visit fails, the update is applied
+        to the rest of the blocks all the same.
+        """
+        carry, visited = None, 0
+        try:
+            for block, kind in zip(self.blocks, self.kinds, strict=True):
+                params[block.name], carry = _visit(
+                    kind,
+                    self._own(block, params),
+                    _tied(block, params),
+                    self._ids[block.name],
+                    update,
+                    keys,
+                    matrix,
+                    carry,
+                    batch,
+                    last=block is self.blocks[-1],
+                    direction=self._direction,
+                    rounding=self._rounding,
+                )
+                visited += 1
+        except BaseException:  # a batch that does not fit the model, or an interrupt: no block may lack the update
+            self.apply(params, update, self.blocks[visited:])
+            raise
+        return carry
+
+    def apply(self, params: Params, update: Update, blocks: Sequence[Block] | None = None) -> None:
+        """Applies ``update`` to all blocks, or to those given, in place like `train`."""
+        for block in self.blocks if blocks is None else blocks:
+            ids = self._ids[block.name][0]
+            params[block.name] = _apply(self._own(block, params), ids, update, self._direction, self._rounding)
+
+    def _own(self, block: Block, params: Params) -> Params:
+        """A block's leaves, as arrays whose memory may be reused."""
+        if block.name not in self._borrowed:
+            return params[block.name]
+        self._borrowed.discard(block.name)
+        params[block.name] = jax.tree.map(jax.numpy.copy, params[block.name])
+        return params[block.name]
+
+
+def _tied(block: Block, params: Params) -> Params:
+    return {name: get_leaf(params, owner) for name, owner in block.aliases.items()}
+
+
+def forward(blocks: Sequence[Block], params: Params, batch: Batch) -> Any:
+    """Carries a batch through all blocks, without probes: logits, or (loss sum, count) if the batch has targets.
+
+    The result of `zo2jax.models.blocks.run_blocks`, compiled block by block.
+
+    >>> from zo2jax.models.llama import LlamaConfig
+    >>> config = LlamaConfig(vocabulary=8, size=8, hidden=8, layers=2, heads=2, kv_heads=1, head_size=4, context=16)
+    >>> model = config.init(jax.random.key(0))
+    >>> forward(model.blocks, model.params, {"ids": jax.numpy.array([[1, 2, 3]])}).shape
+    (1, 3, 8)
+    """
+    carry = None
+    for block, kind in zip(blocks, _kinds(blocks), strict=True):
+        carry = _forward(kind, params[block.name], _tied(block, params), carry, batch)
+    return carry
