@@ -35,6 +35,8 @@ class _Plan(NamedTuple):
     columns: int
     groups: int
     """Of four columns, in a row."""
+    whole: bool
+    """Whether the array starts at row and group zero, which saves adding them."""
     pair: bits.WordMap
     rounding: Rounding
     implementation: str
@@ -84,7 +86,9 @@ def perturb(
     groups = -(-(where.lead + where.columns) // bits.GROUP)
     too_large = math.prod(where.row_shape) * groups >= 1 << 32
     chosen = choose("perturb", implementation, f"{w.shape} has 2**34 elements or more" if too_large else None)
-    plan = _Plan(where.row_shape, where.row_strides, where.lead, where.columns, groups, pair, rounding, chosen)
+    plan = _Plan(
+        where.row_shape, where.row_strides, where.lead, where.columns, groups, shard is None, pair, rounding, chosen
+    )
     if chosen == "xla" or w.size == 0 or (terms is None and probes is None):
         return _xla(plan, where.origin, w, terms, probes)
     if implementation is not None:
@@ -213,11 +217,12 @@ def _body(plan: _Plan, w_ref: Any, origin: Any, terms: Any, probes: Any, *output
         plgpu.Tiling(((_THREADS, bits.GROUP), (32, bits.GROUP))), warp_dims=(-4,), lane_dims=(-2,), vector_dim=-1
     )
     of_groups = of_weights.reduce(1)
+    first = np.zeros(2, np.uint32) if plan.whole else origin
     program = lax.axis_index("program")
     index = plgpu.broadcasted_iota(jnp.uint32, (tile,), 0, layout=of_groups) + (program * tile).astype(jnp.uint32)
     local = index // np.uint32(plan.groups)
-    group = index - local * np.uint32(plan.groups) + origin[1]
-    row = Address(origin, plan.row_shape, plan.row_strides, plan.lead, plan.columns).rows(local)
+    group = index - local * np.uint32(plan.groups) + first[1]
+    row = Address(first, plan.row_shape, plan.row_strides, plan.lead, plan.columns).rows(local)
     lane = plgpu.broadcasted_iota(jnp.int32, (tile, bits.GROUP), 1, layout=of_weights)
 
     def spread(x: jax.Array) -> jax.Array:
@@ -245,8 +250,8 @@ def _body(plan: _Plan, w_ref: Any, origin: Any, terms: Any, probes: Any, *output
             x = reference.decayed(x, delta, None if decay is None else decay[u], dtype)
             if dtype == jnp.float32:
                 return x
-            first = (keys[u, 0, 0], keys[u, 0, 1])
-            x = plan.rounding(x, dtype, lambda: drawn(bits.uniform16_pair, first, bits.ROUNDING_STREAM))
+            seed = (keys[u, 0, 0], keys[u, 0, 1])
+            x = plan.rounding(x, dtype, lambda: drawn(bits.uniform16_pair, seed, bits.ROUNDING_STREAM))
             return x.astype(jnp.float32)
 
         updates = coefs.shape[0]

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 import zo2jax as zo
+from zo2jax import stream
+from zo2jax.models.blocks import Model
 from zo2jax.models.layers import attention, cudnn_applies, linear
 from zo2jax.models.llama import LlamaConfig
+from zo2jax.stream import Sweep
 
 pytestmark = [
     pytest.mark.gpu,
@@ -69,3 +72,65 @@ def test_a_bfloat16_model_moves_alike_in_jit_scan_and_replay(direction):
     jax.tree.map(np.testing.assert_array_equal, end.params, replayed)
     moved = np.mean(np.asarray(end.params["embed"]["weight"]) != np.asarray(model.params["embed"]["weight"]))
     assert moved > 0.01 and np.isfinite(infos.loss).all() and np.abs(infos.projected_gradient).max() > 0
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_attention_of_several_members_is_that_of_each(ragged):
+    """Under vmap the members join cuDNN's batch; lengths are shared by all."""
+    q, k, v = (jnp.asarray(RNG.normal(size=(2, 3, 130, 4, 64)), jnp.bfloat16) for _ in range(3))
+    lengths = jnp.array([130, 1, 77], jnp.int32) if ragged else None
+    together = jax.jit(jax.vmap(lambda q, k, v: attention(q, k, v, lengths)))(q, k, v)
+    real = np.arange(130)[None, :] < (np.asarray(lengths)[:, None] if ragged else 130)
+    for m in range(2):
+        alone = attention(q[m], k[m], v[m], lengths)
+        where = np.broadcast_to(real, (3, 130))
+        np.testing.assert_array_equal(np.asarray(together[m])[where], np.asarray(alone)[where])
+
+
+def wide_model() -> Model:
+    config = LlamaConfig(
+        vocabulary=4096, size=2048, hidden=8192, layers=2, heads=16, kv_heads=16, head_size=128, context=64
+    )
+    return config.init(jax.random.key(0), jnp.bfloat16)
+
+
+def test_a_run_moves_the_weights_like_the_plain_step(tmp_path):
+    """Kernels, block by block, against `apply_update`, and both against XLA without kernels."""
+    model, ids = wide_model(), RNG.integers(0, 4096, (1, 16)).astype(np.int32)
+    batch = {"ids": ids, "targets": np.roll(ids, -1, 1)}
+    expected = jax.tree.map(jnp.copy, model.params)
+    with zo.Run(model, zo.two_point(1e-3), zo.sgd(1e-4, 0.1), directory=tmp_path, key=jax.random.key(2)) as run:
+        ids_of_leaves = run.state.leaf_ids
+        for _ in range(3):
+            expected = zo.apply_update(expected, run.step(batch).update, ids_of_leaves)
+        jax.tree.map(np.testing.assert_array_equal, run.model.params, expected)
+    leaf = expected["layers.0"]["mlp"]["up"]["weight"]
+    assert np.mean(np.asarray(leaf) != np.asarray(model.params["layers.0"]["mlp"]["up"]["weight"])) > 0.01
+
+
+def test_a_visit_needs_the_probes_of_one_leaf(tmp_path):
+    """Beside the weights, which are changed in place; activations are small here."""
+    model, estimator = wide_model(), zo.two_point(1e-3)
+    ids = zo.mezo(model.loss, estimator, zo.sgd(1.0)).init(model.params, jax.random.key(0)).leaf_ids
+    sweep = Sweep(model.blocks, ids, jax.tree.structure(model.params), zo.normal, zo.stochastic)
+    update = zo.Update(jax.random.split(jax.random.key(0), 1), jnp.zeros(1), jnp.zeros(()))
+    layer = model.params["layers.0"]
+    tokens = jnp.zeros((1, 16), jnp.int32)
+    compiled = stream._visit.lower(
+        sweep.kinds[1],
+        layer,
+        {},
+        sweep._ids["layers.0"],
+        update,
+        update.keys,
+        jnp.asarray(estimator.probes),
+        jnp.zeros((2, 1, 16, 2048)),
+        {"ids": tokens, "targets": tokens},
+        last=False,
+        direction=zo.normal,
+        rounding=zo.stochastic,
+    ).compile()
+    memory = compiled.memory_analysis()
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(layer))
+    assert memory.alias_size_in_bytes >= 0.99 * sum(leaf.nbytes for leaf in jax.tree.leaves(layer))
+    assert memory.temp_size_in_bytes < 2.2 * largest

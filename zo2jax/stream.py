@@ -163,7 +163,8 @@ class Sweep:
         if block.name not in self._borrowed:
             return params[block.name]
         self._borrowed.discard(block.name)
-        params[block.name] = jax.tree.map(jax.numpy.copy, params[block.name])
+        # Waiting keeps the copies of many blocks from being under way at once.
+        params[block.name] = jax.block_until_ready(jax.tree.map(jax.numpy.copy, params[block.name]))
         return params[block.name]
 
 
