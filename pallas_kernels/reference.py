@@ -71,7 +71,7 @@ class Address(NamedTuple):
     ((6,), (2, 3))
     """
 
-    origin: jax.Array | np.ndarray
+    origin: Any
     """uint32 [2]: the row, and the group of four columns, of the first element."""
     row_shape: tuple[int, ...]
     """Axes that count rows; the first of them may have any length."""
