@@ -126,7 +126,7 @@ def test_a_visit_needs_the_probes_of_one_leaf(tmp_path):
         jnp.asarray(estimator.probes),
         jnp.zeros((2, 1, 16, 2048)),
         {"ids": tokens, "targets": tokens},
-        last=False,
+        one_by_one=False,
         direction=zo.normal,
         rounding=zo.stochastic,
     ).compile()

@@ -34,8 +34,10 @@ from zo2jax.stream import forward
 _LLAMA_7B = LlamaConfig(
     vocabulary=32000, size=4096, hidden=11008, layers=32, heads=32, kv_heads=32, head_size=128, context=2048
 )
+_TINY = replace(_LLAMA_7B, vocabulary=256, size=64, hidden=128, layers=2, heads=2, kv_heads=2, head_size=32)
 SHAPES = {
-    "tiny": replace(_LLAMA_7B, vocabulary=256, size=64, hidden=128, layers=2, heads=2, kv_heads=2, head_size=32),
+    "tiny": _TINY,
+    "opt-tiny": replace(_TINY, attention_bias=True),
     "llama-7b": _LLAMA_7B,
     "opt-13b": replace(
         _LLAMA_7B, vocabulary=50272, size=5120, hidden=20480, layers=40, heads=40, kv_heads=40, attention_bias=True
@@ -64,7 +66,7 @@ def random_model(shape: str, layers: int | None = None, dtype: Any = jnp.bfloat1
     """A model of a shape of `SHAPES` with random weights, cut to ``layers`` layers.
 
     >>> random_model("tiny", 1).parameter_count
-    74112
+    73920
     """
     config = SHAPES[shape] if layers is None else replace(SHAPES[shape], layers=layers)
     if not shape.startswith("opt"):
@@ -114,6 +116,7 @@ def measure(what: str, shape: str, layers: int | None, tokens: int, rows: int, s
     ['first_call_s', 'layers', 'ms', 'parameters', 'peak_gib', 'shape', 'weights_gib', 'what']
     """
     model = random_model(shape, layers)
+    model.check_tokens(tokens)
     ids = np.random.default_rng(0).integers(0, model.config.vocabulary, (rows, tokens)).astype(np.int32)
     batch = jax.device_put({"ids": ids, "targets": np.roll(ids, -1, 1)})
     result = {

@@ -43,7 +43,7 @@ def _with_tied(leaves: Params, tied: Params) -> Params:
     return leaves
 
 
-@partial(jax.jit, static_argnames=("kind", "last", "direction", "rounding"), donate_argnames="leaves")
+@partial(jax.jit, static_argnames=("kind", "one_by_one", "direction", "rounding"), donate_argnames="leaves")
 def _visit(
     kind: _Kind,
     leaves: Params,
@@ -54,7 +54,7 @@ def _visit(
     matrix: jax.Array,
     carry: Any,
     batch: Batch,
-    last: bool,
+    one_by_one: bool,
     direction: Direction,
     rounding: Rounding,
 ) -> tuple[Params, Any]:
@@ -62,7 +62,7 @@ def _visit(
     leaves, members = move(leaves, ids[0], update, keys, matrix, direction=direction, rounding=rounding)
     if tied:  # a tied leaf was moved with its owner
         members = _with_tied(members, move(tied, ids[1], None, keys, matrix, direction=direction)[1])
-    if last:  # one member after the other: logits are the largest activations by far
+    if one_by_one:
         return leaves, lax.map(lambda member: kind.block.apply(member[0], member[1], batch), (members, carry))
     return leaves, jax.vmap(kind.block.apply, in_axes=(0, 0, None), axis_size=len(matrix))(members, carry, batch)
 
@@ -130,8 +130,12 @@ class Sweep:
         to the rest of the blocks all the same.
         """
         carry, visited = None, 0
+        on_cpu = jax.default_backend() == "cpu"
         try:
             for block, kind in zip(self.blocks, self.kinds, strict=True):
+                # Members share one batched product, except in the head, whose logits are the largest activations by
+                # far, and on CPUs, where a batch of matrices is multiplied more slowly than one after the other.
+                one_by_one = on_cpu or block is self.blocks[-1]
                 params[block.name], carry = _visit(
                     kind,
                     self._own(block, params),
@@ -142,7 +146,7 @@ class Sweep:
                     matrix,
                     carry,
                     batch,
-                    last=block is self.blocks[-1],
+                    one_by_one=one_by_one,
                     direction=self._direction,
                     rounding=self._rounding,
                 )
