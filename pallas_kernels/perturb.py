@@ -68,9 +68,9 @@ def perturb(
         rounding: of updates of 16-bit weights: `bits.round_to_nearest` or `bits.round_stochastically`, which takes its
             bits from the update's first key.
         shard: if ``w`` is a part of a larger array.
-        implementation: "xla"; "mosaic" (NVIDIA GPUs from compute capability 9.0); "mosaic_portable", the same without
-            hardware functions, slower with the same results; "interpret", which runs that kernel on the CPU; None for
-            the best that applies.
+        implementation: "mosaic" (NVIDIA GPUs of compute capability 9.0); "mosaic_portable" (9.0 and above), the same
+            without the GPU's functions, slower with the same results; "xla"; "interpret", which runs the portable
+            kernel on the CPU; None for the first of these that applies.
 
     Raises:
         NotImplementedError: for another dtype, or if the implementation named does not apply, with the reason.
