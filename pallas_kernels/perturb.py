@@ -29,12 +29,7 @@ _TOGETHER = 8  # probes whose sums over several directions are kept in registers
 class _Plan(NamedTuple):
     """What a kernel is compiled for, besides the shapes of its arguments."""
 
-    row_shape: tuple[int, ...]
-    row_strides: tuple[int, ...]
-    lead: int
-    columns: int
-    groups: int
-    """Of four columns, in a row."""
+    where: Address
     whole: bool
     """Whether the array starts at row and group zero, which saves adding them."""
     pair: bits.WordMap
@@ -82,20 +77,15 @@ def perturb(
     [[2.0, 2.0, 0.0], [0.0, 0.0, 2.0]]
     """
     _check(w, terms, probes)
-    where = reference.address(w.shape, shard)
-    groups = -(-(where.lead + where.columns) // bits.GROUP)
-    too_large = math.prod(where.row_shape) * groups >= 1 << 32
+    where, origin = reference.address(w.shape, shard)
+    too_large = where.row_count * where.groups >= 1 << 32
     chosen = choose("perturb", implementation, f"{w.shape} has 2**34 elements or more" if too_large else None)
-    plan = _Plan(
-        where.row_shape, where.row_strides, where.lead, where.columns, groups, shard is None, pair, rounding, chosen
-    )
+    plan = _Plan(where, shard is None, pair, rounding, chosen)
     if chosen == "xla" or w.size == 0 or (terms is None and probes is None):
-        return _xla(plan, where.origin, w, terms, probes)
+        return _xla(plan, origin, w, terms, probes)
     if implementation is not None:
-        return _mosaic(plan, where.origin, w, terms, probes)
-    return lax.platform_dependent(
-        where.origin, w, terms, probes, cuda=partial(_mosaic, plan), default=partial(_xla, plan)
-    )
+        return _mosaic(plan, origin, w, terms, probes)
+    return lax.platform_dependent(origin, w, terms, probes, cuda=partial(_mosaic, plan), default=partial(_xla, plan))
 
 
 def _check(w: jax.Array, terms: Terms | None, probes: Probes | None) -> None:
@@ -146,8 +136,7 @@ _BY_HARDWARE: dict[bits.WordMap, bits.WordMap] = {bits.normal_pair: _normal_by_h
 def _xla(
     plan: _Plan, origin: jax.Array, w: jax.Array, terms: Terms | None, probes: Probes | None
 ) -> tuple[jax.Array, jax.Array | None]:
-    where = Address(origin, plan.row_shape, plan.row_strides, plan.lead, plan.columns)
-    return reference.perturb_at(where, w, terms, probes, plan.pair, plan.rounding)
+    return reference.perturb(plan.where, origin, w, terms, probes, pair=plan.pair, rounding=plan.rounding)
 
 
 def _mosaic(
@@ -177,23 +166,22 @@ def _launch(
     That form costs nothing, unless rows are no multiple of four columns or the array none of 512 elements: those are
     padded, which takes a copy.
     """
-    rows = math.prod(plan.row_shape)
-    width, columns = plan.groups * bits.GROUP, plan.columns
-    groups = rows * plan.groups
+    rows, columns, before = plan.where.row_count, plan.where.columns, plan.where.lead
+    width, groups = plan.where.groups * bits.GROUP, rows * plan.where.groups
     padded = -(-groups // _TILES[-1]) * _TILES[-1]
     tile = next(t for t in _TILES if padded % t == 0)
     tiled = (padded // tile, tile, bits.GROUP)
 
     def pack(x: jax.Array) -> jax.Array:
         if width != columns:
-            x = jnp.pad(x.reshape(rows, columns), ((0, 0), (plan.lead, width - columns - plan.lead)))
+            x = jnp.pad(x.reshape(rows, columns), ((0, 0), (before, width - columns - before)))
         return jnp.pad(x.reshape(-1), (0, (padded - groups) * bits.GROUP)).reshape(tiled)
 
     def unpack(x: jax.Array) -> jax.Array:
         lead = x.shape[: -len(tiled)]
         x = x.reshape(*lead, -1)[..., : groups * bits.GROUP]
         if width != columns:
-            x = x.reshape(*lead, rows, width)[..., plan.lead : plan.lead + columns]
+            x = x.reshape(*lead, rows, width)[..., before : before + columns]
         return x.reshape(*lead, *w.shape)
 
     members = None if probes is None else jax.ShapeDtypeStruct((probes.matrix.shape[0], *tiled), w.dtype)
@@ -223,9 +211,9 @@ def _body(plan: _Plan, w_ref: Any, origin: Any, terms: Any, probes: Any, *output
     first = np.zeros(2, np.uint32) if plan.whole else origin
     program = lax.axis_index("program")
     index = plgpu.broadcasted_iota(jnp.uint32, (tile,), 0, layout=of_groups) + (program * tile).astype(jnp.uint32)
-    local = index // np.uint32(plan.groups)
-    group = index - local * np.uint32(plan.groups) + first[1]
-    row = Address(first, plan.row_shape, plan.row_strides, plan.lead, plan.columns).rows(local)
+    local = index // np.uint32(plan.where.groups)
+    group = index - local * np.uint32(plan.where.groups) + first[1]
+    row = plan.where.rows(local) + first[0]
     lane = plgpu.broadcasted_iota(jnp.int32, (tile, bits.GROUP), 1, layout=of_weights)
 
     def spread(x: jax.Array) -> jax.Array:

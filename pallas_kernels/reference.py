@@ -65,14 +65,12 @@ class Shard(NamedTuple):
 
 
 class Address(NamedTuple):
-    """How the elements of an array map to counters; made by `address`.
+    """How the elements of an array map to counters, but for where the array starts; made by `address`. Hashable.
 
-    >>> address((2, 3, 5), None).row_shape, address((2, 3, 5), Shard((0, 3, 0), (2, 9, 5))).row_shape
+    >>> address((2, 3, 5), None)[0].row_shape, address((2, 3, 5), Shard((0, 3, 0), (2, 9, 5)))[0].row_shape
     ((6,), (2, 3))
     """
 
-    origin: Any
-    """uint32 [2]: the row, and the group of four columns, of the first element."""
     row_shape: tuple[int, ...]
     """Axes that count rows; the first of them may have any length."""
     row_strides: tuple[int, ...]
@@ -81,23 +79,35 @@ class Address(NamedTuple):
     """Columns of the first group that come before the array."""
     columns: int
 
+    @property
+    def row_count(self) -> int:
+        """The rows of the array."""
+        return math.prod(self.row_shape)
+
+    @property
+    def groups(self) -> int:
+        """The groups of four columns in a row."""
+        return -(-(self.lead + self.columns) // bits.GROUP)
+
     def rows(self, local: jax.Array) -> jax.Array:
-        """The row numbers (uint32) in the whole array of rows of this one, counted from 0."""
+        """How far rows of the array, counted from 0, are from its first one, in rows of the whole array (uint32)."""
         number = jnp.zeros_like(local)
         for length, stride in reversed(list(zip(self.row_shape[1:], self.row_strides[1:], strict=True))):
             outer = local // np.uint32(length)
             number = number + (local - outer * np.uint32(length)) * np.uint32(stride)
             local = outer
-        return number + local * np.uint32(self.row_strides[0]) + self.origin[0]
+        return number + local * np.uint32(self.row_strides[0])
 
 
-def address(shape: tuple[int, ...], shard: Shard | None) -> Address:
+def address(shape: tuple[int, ...], shard: Shard | None) -> tuple[Address, jax.Array]:
     """The address of an array of this shape: a matrix of prod(shape[:-1]) rows, or the part of one that it is.
+
+    The second result, uint32 [2], is its origin: the row, and the group of four columns, of the first element.
 
     Raises:
         ValueError: if a shard does not lie within its array, or that has 2**32 rows or 2**33 columns or more.
 
-    >>> address((4, 6), Shard((8, 4), (16, 16))).origin.tolist()
+    >>> address((4, 6), Shard((8, 4), (16, 16)))[1].tolist()
     [8, 1]
     """
     whole, start = (shape, (0,) * len(shape)) if shard is None else (tuple(shard.shape), tuple(shard.start))
@@ -123,7 +133,7 @@ def address(shape: tuple[int, ...], shard: Shard | None) -> Address:
         else:
             axes.append((shape[axis], stride))
     lengths, steps = zip(*(axes or [(1, 1)]), strict=True)
-    return Address(jnp.stack([jnp.asarray(row), group]), lengths, steps, lead, shape[-1])
+    return Address(lengths, steps, lead, shape[-1]), jnp.stack([jnp.asarray(row), group])
 
 
 def decayed(w: jax.Array, delta: jax.Array, decay: jax.Array | None, dtype: Any) -> jax.Array:
@@ -141,38 +151,27 @@ def decayed(w: jax.Array, delta: jax.Array, decay: jax.Array | None, dtype: Any)
 
 
 def perturb(
+    where: Address,
+    origin: jax.Array,
     w: jax.Array,
-    terms: Terms | None = None,
-    probes: Probes | None = None,
+    terms: Terms | None,
+    probes: Probes | None,
     *,
-    pair: bits.WordMap = bits.normal_pair,
-    rounding: Rounding = bits.round_to_nearest,
-    shard: Shard | None = None,
+    pair: bits.WordMap,
+    rounding: Rounding,
 ) -> tuple[jax.Array, jax.Array | None]:
     """The weights after ``terms``, and the probes of those: (w, [M, *w.shape] or None). See `pallas_kernels.perturb`.
 
-    >>> key = jnp.zeros((1, 2), jnp.uint32)
-    >>> probes = Probes(key, jnp.array([[1.0], [-1.0]]))
-    >>> perturb(jnp.ones(3), probes=probes, pair=bits.rademacher_pair)[1].tolist()
+    >>> probes = Probes(jnp.zeros((1, 2), jnp.uint32), jnp.array([[1.0], [-1.0]]))
+    >>> maps = {"pair": bits.rademacher_pair, "rounding": bits.round_to_nearest}
+    >>> perturb(*address((3,), None), jnp.ones(3), None, probes, **maps)[1].tolist()
     [[2.0, 2.0, 0.0], [0.0, 0.0, 2.0]]
     """
-    return perturb_at(address(w.shape, shard), w, terms, probes, pair, rounding)
-
-
-def perturb_at(
-    where: Address, w: jax.Array, terms: Terms | None, probes: Probes | None, pair: bits.WordMap, rounding: Rounding
-) -> tuple[jax.Array, jax.Array | None]:
-    """`perturb` of an array whose address is known.
-
-    >>> perturb_at(address((3,), None), jnp.ones(3), None, None, bits.normal_pair, bits.round_to_nearest)[0].tolist()
-    [1.0, 1.0, 1.0]
-    """
-    count = math.prod(where.row_shape)
-    rows = where.rows(jnp.arange(count, dtype=jnp.uint32))
+    rows = where.rows(jnp.arange(where.row_count, dtype=jnp.uint32)) + origin[0]
 
     def drawn(of: bits.WordMap, key: jax.Array, stream: int = 0) -> jax.Array:
         columns = where.lead + where.columns
-        values = bits.draw(of, key, rows, columns, stream=stream, first_group=where.origin[1])
+        values = bits.draw(of, key, rows, columns, stream=stream, first_group=origin[1])
         return values[:, where.lead :].reshape(w.shape)
 
     wide = w.astype(jnp.float32)
