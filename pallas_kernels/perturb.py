@@ -230,39 +230,47 @@ def _body(plan: _Plan, w_ref: Any, origin: Any, terms: Any, probes: Any, *output
     pair = _BY_HARDWARE.get(plan.pair, plan.pair) if plan.implementation == "mosaic" else plan.pair
     wide = plgpu.load(w_ref.at[program], layout=of_weights, optimized=False).astype(jnp.float32)
     if terms is not None:
-        keys, coefs, decay = terms
-
-        def update(u: Any, x: jax.Array) -> jax.Array:
-            def term(k: Any) -> jax.Array:
-                return coefs[u, k] * drawn(pair, (keys[u, k, 0], keys[u, k, 1]))
-
-            terms = coefs.shape[1]
-            delta = term(0) if terms == 1 else lax.fori_loop(0, terms, lambda k, d: d + term(k), zeros())
-            x = reference.decayed(x, delta, None if decay is None else decay[u], dtype)
-            if dtype == jnp.float32:
-                return x
-            seed = (keys[u, 0, 0], keys[u, 0, 1])
-            x = plan.rounding(x, dtype, lambda: drawn(bits.uniform16_pair, seed, bits.ROUNDING_STREAM))
-            return x.astype(jnp.float32)
-
-        updates = coefs.shape[0]
-        wide = update(0, wide) if updates == 1 else lax.fori_loop(0, updates, update, wide)
+        wide = _updated(wide, terms, dtype, plan.rounding, partial(drawn, pair), drawn, zeros)
         w_ref[program] = wide.astype(dtype)
     if probes is not None:
-        keys, matrix = probes
-        members, directions = matrix.shape
-        if directions == 1:
-            z = drawn(pair, (keys[0, 0], keys[0, 1]))
-            for m in range(members):
-                outputs[0][m, program] = (wide + matrix[m, 0] * z).astype(dtype)
-            return
-        for start in range(0, members, _TOGETHER):
-            chunk = range(start, min(start + _TOGETHER, members))
+        _write_probes(wide, probes, outputs[0], program, partial(drawn, pair), zeros)
 
-            def accumulate(k: Any, deltas: tuple[jax.Array, ...], chunk: range = chunk) -> tuple[jax.Array, ...]:
-                z = drawn(pair, (keys[k, 0], keys[k, 1]))
-                return tuple(delta + matrix[m, k] * z for m, delta in zip(chunk, deltas, strict=True))
 
-            deltas = lax.fori_loop(0, directions, accumulate, tuple(zeros() for _ in chunk))
-            for m, delta in zip(chunk, deltas, strict=True):
-                outputs[0][m, program] = (wide + delta).astype(dtype)
+def _updated(wide: jax.Array, terms: Any, dtype: Any, rounding: Rounding, z: Any, drawn: Any, zeros: Any) -> jax.Array:
+    """A program's weights, float32 values of ``dtype``, after each update; ``z(key)`` and ``drawn(map, key)`` draw."""
+    keys, coefs, decay = terms
+    updates, directions = coefs.shape
+
+    def update(u: Any, x: jax.Array) -> jax.Array:
+        def term(k: Any) -> jax.Array:
+            return coefs[u, k] * z((keys[u, k, 0], keys[u, k, 1]))
+
+        delta = term(0) if directions == 1 else lax.fori_loop(0, directions, lambda k, d: d + term(k), zeros())
+        x = reference.decayed(x, delta, None if decay is None else decay[u], dtype)
+        if dtype == jnp.float32:
+            return x
+        seed = (keys[u, 0, 0], keys[u, 0, 1])
+        return rounding(x, dtype, lambda: drawn(bits.uniform16_pair, seed, bits.ROUNDING_STREAM)).astype(jnp.float32)
+
+    return update(0, wide) if updates == 1 else lax.fori_loop(0, updates, update, wide)
+
+
+def _write_probes(wide: jax.Array, probes: Any, out: Any, program: Any, z: Any, zeros: Any) -> None:
+    """Writes a program's part of each member."""
+    keys, matrix = probes
+    members, directions = matrix.shape
+    if directions == 1:
+        noise = z((keys[0, 0], keys[0, 1]))
+        for m in range(members):
+            out[m, program] = (wide + matrix[m, 0] * noise).astype(out.dtype)
+        return
+    for start in range(0, members, _TOGETHER):
+        chunk = range(start, min(start + _TOGETHER, members))
+
+        def accumulate(k: Any, deltas: tuple[jax.Array, ...], chunk: range = chunk) -> tuple[jax.Array, ...]:
+            noise = z((keys[k, 0], keys[k, 1]))
+            return tuple(delta + matrix[m, k] * noise for m, delta in zip(chunk, deltas, strict=True))
+
+        deltas = lax.fori_loop(0, directions, accumulate, tuple(zeros() for _ in chunk))
+        for m, delta in zip(chunk, deltas, strict=True):
+            out[m, program] = (wide + delta).astype(out.dtype)

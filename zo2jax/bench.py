@@ -22,6 +22,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
+from pallas_kernels.specs import MODELS, Spec
 from zo2jax.estimators import two_point
 from zo2jax.mezo import mezo
 from zo2jax.models.blocks import Batch, Block, Model
@@ -31,18 +32,28 @@ from zo2jax.optimizers import sgd
 from zo2jax.run import Run
 from zo2jax.stream import forward
 
-_LLAMA_7B = LlamaConfig(
-    vocabulary=32000, size=4096, hidden=11008, layers=32, heads=32, kv_heads=32, head_size=128, context=2048
+_CONTEXT = 2048
+
+
+def _config(spec: Spec) -> LlamaConfig:
+    return LlamaConfig(
+        vocabulary=spec.vocabulary,
+        size=spec.hidden,
+        hidden=spec.ffn,
+        layers=spec.layers,
+        heads=spec.heads,
+        kv_heads=spec.kv_heads,
+        head_size=spec.head_size,
+        context=_CONTEXT,
+        attention_bias=spec.biases,
+    )
+
+
+SHAPES = {name: _config(MODELS[name]) for name in ("llama-7b", "opt-13b")}
+SHAPES["tiny"] = replace(
+    SHAPES["llama-7b"], vocabulary=256, size=64, hidden=128, layers=2, heads=2, kv_heads=2, head_size=32
 )
-_TINY = replace(_LLAMA_7B, vocabulary=256, size=64, hidden=128, layers=2, heads=2, kv_heads=2, head_size=32)
-SHAPES = {
-    "tiny": _TINY,
-    "opt-tiny": replace(_TINY, attention_bias=True),
-    "llama-7b": _LLAMA_7B,
-    "opt-13b": replace(
-        _LLAMA_7B, vocabulary=50272, size=5120, hidden=20480, layers=40, heads=40, kv_heads=40, attention_bias=True
-    ),
-}
+SHAPES["opt-tiny"] = replace(SHAPES["tiny"], attention_bias=True)
 """Shapes by name; "opt-..." have biases, and two matrices in the MLP instead of three."""
 
 WHAT = ("forward", "mezo", "run")
@@ -69,7 +80,7 @@ def random_model(shape: str, layers: int | None = None, dtype: Any = jnp.bfloat1
     73920
     """
     config = SHAPES[shape] if layers is None else replace(SHAPES[shape], layers=layers)
-    if not shape.startswith("opt"):
+    if not config.attention_bias:
         return config.init(jax.random.key(0), dtype)
     dtype = jnp.dtype(dtype)
     ends = replace(config, layers=0).init(jax.random.key(0), dtype)

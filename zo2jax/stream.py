@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from zo2jax.directions import Direction
-from zo2jax.models.blocks import Batch, Block, Params, get_leaf, set_leaf
+from zo2jax.models.blocks import Batch, Block, Params, tied_leaves, with_tied
 from zo2jax.updates import Rounding, Update, move
 
 
@@ -33,14 +33,6 @@ def _kind_of(nameless: Block) -> _Kind:
 
 def _kinds(blocks: Sequence[Block]) -> list[_Kind]:
     return [_kind_of(replace(block, name="")) for block in blocks]
-
-
-def _with_tied(leaves: Params, tied: Params) -> Params:
-    """A block's leaves with those it shares; the dictionaries are copied, the arrays are not."""
-    leaves = jax.tree.map(lambda x: x, leaves)
-    for name, value in tied.items():
-        set_leaf(leaves, name, value)
-    return leaves
 
 
 @partial(jax.jit, static_argnames=("kind", "one_by_one", "direction", "rounding"), donate_argnames="leaves")
@@ -61,7 +53,7 @@ def _visit(
     """One block: its leaves after the update, and the members' carries [M, ...] after the block."""
     leaves, members = move(leaves, ids[0], update, keys, matrix, direction=direction, rounding=rounding)
     if tied:  # a tied leaf was moved with its owner
-        members = _with_tied(members, move(tied, ids[1], None, keys, matrix, direction=direction)[1])
+        members = with_tied(members, move(tied, ids[1], None, keys, matrix, direction=direction)[1])
     if one_by_one:
         return leaves, lax.map(lambda member: kind.block.apply(member[0], member[1], batch), (members, carry))
     return leaves, jax.vmap(kind.block.apply, in_axes=(0, 0, None), axis_size=len(matrix))(members, carry, batch)
@@ -74,7 +66,7 @@ def _apply(leaves: Params, ids: Any, update: Update, direction: Direction, round
 
 @partial(jax.jit, static_argnums=0)
 def _forward(kind: _Kind, leaves: Params, tied: Params, carry: Any, batch: Batch) -> Any:
-    return kind.block.apply(_with_tied(leaves, tied), carry, batch)
+    return kind.block.apply(with_tied(leaves, tied), carry, batch)
 
 
 class Sweep:
@@ -117,7 +109,7 @@ class Sweep:
         self._ids = {
             block.name: (
                 np.array(jax.tree.leaves(ids[block.name]), np.uint32),
-                np.array(jax.tree.leaves(_tied(block, ids)), np.uint32),
+                np.array(jax.tree.leaves(tied_leaves(block, ids)), np.uint32),
             )
             for block in blocks
         }
@@ -139,7 +131,7 @@ class Sweep:
                 params[block.name], carry = _visit(
                     kind,
                     self._own(block, params),
-                    _tied(block, params),
+                    tied_leaves(block, params),
                     self._ids[block.name],
                     update,
                     keys,
@@ -172,10 +164,6 @@ class Sweep:
         return params[block.name]
 
 
-def _tied(block: Block, params: Params) -> Params:
-    return {name: get_leaf(params, owner) for name, owner in block.aliases.items()}
-
-
 def forward(blocks: Sequence[Block], params: Params, batch: Batch) -> Any:
     """Carries a batch through all blocks, without probes: logits, or (loss sum, count) if the batch has targets.
 
@@ -189,5 +177,5 @@ def forward(blocks: Sequence[Block], params: Params, batch: Batch) -> Any:
     """
     carry = None
     for block, kind in zip(blocks, _kinds(blocks), strict=True):
-        carry = _forward(kind, params[block.name], _tied(block, params), carry, batch)
+        carry = _forward(kind, params[block.name], tied_leaves(block, params), carry, batch)
     return carry

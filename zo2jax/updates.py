@@ -81,7 +81,7 @@ def _move_leaves(
     Returns the weights after ``terms`` and the probes of those [M, ...], leaf by leaf.
     """
 
-    def move(w: jax.Array, terms: Terms | None, probes: Probes | None, implementation: str | None) -> Any:
+    def one(w: jax.Array, terms: Terms | None, probes: Probes | None, implementation: str | None) -> Any:
         if terms is not None and w.ndim < 2:
             terms = terms._replace(decay=None)
         return perturb_leaf(
@@ -90,8 +90,8 @@ def _move_leaves(
 
     if len(leaves) == 1:
         terms, probes = jax.tree.map(lambda x: x[0], (terms, probes))
-        return [move(leaves[0], terms, probes, None)]
-    moved, members = jax.vmap(partial(move, implementation="xla"))(jnp.stack(leaves), terms, probes)
+        return [one(leaves[0], terms, probes, None)]
+    moved, members = jax.vmap(partial(one, implementation="xla"))(jnp.stack(leaves), terms, probes)
     return [(w, None if members is None else members[i]) for i, w in enumerate(moved)]
 
 

@@ -103,16 +103,34 @@ def owned_shapes(blocks: Sequence[Block]) -> Params:
     return shapes
 
 
+def tied_leaves(block: Block, params: Params) -> Params:
+    """The leaves that a block shares with others, under their dotted names in this block; empty for most blocks.
+
+    >>> block = Block.define("head", lambda rngs: nnx.LayerNorm(4, rngs=rngs), {"scale": "embed.weight"})
+    >>> tied_leaves(block, {"embed": {"weight": 1}})
+    {'scale': 1}
+    """
+    return {name: get_leaf(params, owner) for name, owner in block.aliases.items()}
+
+
+def with_tied(leaves: Params, tied: Params) -> Params:
+    """A block's leaves with those that it shares filled in; dictionaries are copied, arrays are not.
+
+    >>> with_tied({"bias": 0}, {"scale": 1})
+    {'bias': 0, 'scale': 1}
+    """
+    if tied:
+        leaves = jax.tree.map(lambda x: x, leaves)
+        for name, value in tied.items():
+            set_leaf(leaves, name, value)
+    return leaves
+
+
 def run_blocks(blocks: Sequence[Block], params: Params, batch: Batch) -> Any:
     """Carries a batch through all blocks; the last one's result: logits, or (loss sum, count) with targets."""
     carry = None
     for block in blocks:
-        leaves = params[block.name]
-        if block.aliases:
-            leaves = jax.tree.map(lambda x: x, leaves)  # a copy of the dictionaries, not of the arrays
-            for name, owner in block.aliases.items():
-                set_leaf(leaves, name, get_leaf(params, owner))
-        carry = block.apply(leaves, carry, batch)
+        carry = block.apply(with_tied(params[block.name], tied_leaves(block, params)), carry, batch)
     return carry
 
 
