@@ -11,9 +11,9 @@ from zo2jax import bench
 
 @pytest.mark.parametrize("what", bench.WHAT)
 def test_every_kind_of_step_is_measured(what):
-    result = bench.measure(what, "opt-tiny", 1, tokens=8, rows=2, steps=1)
+    result = bench.measure(what, "opt-tiny", 1, bench.Work(tokens=8, rows=2, candidates=2, steps=1))
     assert result["ms"] > 0 and result["first_call_s"] > 0
-    assert result["parameters"] == 66176 and result["layers"] == 1
+    assert result["parameters"] == 197568 and result["layers"] == 1
     json.dumps(result)
 
 
@@ -27,11 +27,16 @@ def test_shapes_have_the_parameters_of_their_models():
 
 
 def test_the_table(capsys):
-    results = bench.bench("tiny", layers=1, tokens=8, rows=1, steps=1, what=("forward",))
+    results = bench.bench("tiny", layers=1, work=bench.Work(tokens=8, steps=1), what=("forward",))
     assert [r["what"] for r in results] == ["forward"]
     assert "forward" in capsys.readouterr().out
 
 
 def test_a_failed_measurement_says_why():
     with pytest.raises(RuntimeError, match=r"(?s)'forward' failed.*context"):
-        bench.bench("tiny", layers=1, tokens=4096, rows=1, steps=1, what=("forward",))
+        bench.bench("tiny", layers=1, work=bench.Work(tokens=4096), what=("forward",))
+
+
+def test_rows_must_be_whole_examples():
+    with pytest.raises(ValueError, match="3 rows are no examples of 2 candidates"):
+        bench.Work(tokens=8, rows=3, candidates=2).batch(100)

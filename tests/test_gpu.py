@@ -1,5 +1,7 @@
 """What only a GPU can show: cuDNN attention, true float32 products, and steps of bfloat16 models."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,13 @@ import pytest
 
 import zo2jax as zo
 from zo2jax import stream
-from zo2jax.models.blocks import Model
+from zo2jax.models.generation import continuations, visits
+from zo2jax.models.gpt2 import Gpt2Config
 from zo2jax.models.layers import attention, cudnn_applies, linear
 from zo2jax.models.llama import LlamaConfig
+from zo2jax.models.model import Model
+from zo2jax.models.opt import OptConfig
+from zo2jax.models.qwen3 import Qwen3Config
 from zo2jax.stream import Sweep
 
 pytestmark = [
@@ -134,3 +140,62 @@ def test_a_visit_needs_the_probes_of_one_leaf(tmp_path):
     largest = max(leaf.nbytes for leaf in jax.tree.leaves(layer))
     assert memory.alias_size_in_bytes >= 0.99 * sum(leaf.nbytes for leaf in jax.tree.leaves(layer))
     assert memory.temp_size_in_bytes < 2.2 * largest
+
+
+SHAPE = {"vocabulary": 512, "size": 256, "hidden": 512, "layers": 2, "heads": 4, "context": 128}
+FAMILIES = {
+    "llama": LlamaConfig(**SHAPE, kv_heads=2, head_size=64),
+    "qwen3": Qwen3Config(**SHAPE, kv_heads=2, head_size=64),
+    "opt": OptConfig(**SHAPE, token_size=256),
+    "opt-350m": OptConfig(**SHAPE, token_size=128, pre_norm=False, final_norm=False),
+    "gpt2": Gpt2Config(**SHAPE),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_in_bfloat16_are_near_to_float32(family):
+    """Right-padded rows through cuDNN, against the same weights in float32 through XLA."""
+    model = FAMILIES[family].init(jax.random.key(1), jnp.bfloat16)
+    wide = model.replace(jax.tree.map(lambda x: x.astype(jnp.float32), model.params))
+    ids, lengths = RNG.integers(0, 512, (3, 96)).astype(np.int32), np.array([96, 5, 60], np.int32)
+    real = np.arange(96)[None, :] < lengths[:, None]
+    exact = np.asarray(wide.logits(ids, lengths))[real]
+    assert np.abs(np.asarray(model.logits(ids, lengths))[real] - exact).max() < 0.05 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_with_a_cache_follows_the_logits(family, dtype):
+    """Every token is the best, or within rounding of the best, of a pass over the whole row."""
+    model = FAMILIES[family].init(jax.random.key(2), dtype)
+    lengths = np.array([17, 3, 9], np.int32)
+    ids = RNG.integers(0, 512, (3, 24)).astype(np.int32)
+    written = continuations(visits(model.blocks, model.params), model.blocks, (ids, lengths), 20, lambda *_: False)
+    tolerance = 1e-5 if dtype == jnp.float32 else 0.05
+    for row, length, new in zip(ids, lengths, written, strict=True):
+        whole = np.concatenate([row[:length], new]).astype(np.int32)
+        logits = np.asarray(model.logits(whole[None])[0, length - 1 : -1])
+        best, chosen = logits.max(axis=1), logits[np.arange(20), new]
+        assert (best - chosen <= tolerance * np.abs(logits).max()).all()
+
+
+def test_a_step_on_generated_text_moves_the_weights(tmp_path):
+    """Both probes write with caches of their own; the update is applied to bfloat16 weights by the kernel."""
+    model = replace(FAMILIES["opt"].init(jax.random.key(3), jnp.bfloat16), tokenizer=Digits())
+    before = jax.tree.map(np.asarray, model.params)
+    batch = {"ids": RNG.integers(0, 512, (4, 16)).astype(np.int32), "lengths": np.array([16, 3, 9, 1])}
+    batch["answers"] = [["7"]] * 4
+    score = zo.Generated(lambda text, answers: sum(map(int, text.split())) / 1000, tokens=8, stop=())
+    with zo.Run(model, zo.two_point(1e-1), zo.sgd(1e-2), directory=tmp_path, key=jax.random.key(0), loss=score) as run:
+        info = run.step(batch)
+        assert float(info.projected_gradient[0]) != 0
+        after = run.model.params
+    moved = [np.mean(a != np.asarray(b)) for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True)]
+    assert min(moved) > 0.5
+
+
+class Digits:
+    """Decodes tokens to their numbers."""
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))

@@ -238,7 +238,7 @@ DAMAGES = {
         ValueError,
         rf"{re.escape(Q0)} is int8, expected float32, float16 or bfloat16",
     ),
-    "tokenizer": (write("tokenizer.json", "{}"), ValueError, r"tokenizer\.json does not parse"),
+    "tokenizer": (write("tokenizer.json", "{}"), ValueError, r"tokenizer\.json is damaged"),
 }
 
 

@@ -266,7 +266,7 @@ def test_cudnn_by_name_is_refused_where_it_does_not_apply(dtype, size):
         (lambda m: m.logits(np.zeros((1, 65))), "65 tokens do not fit the model's context of 64"),
         (lambda m: m.logits(np.zeros(3)), r"ids\[3\]"),
         (lambda m: m.logits(np.zeros((2, 3)), [3]), r"ids\[2, 3\], lengths\[1\]"),
-        (lambda m: m.generate("x", 3), "has no tokenizer.json"),
+        (lambda m: m.generate("x", 3), "has no tokenizer"),
     ],
 )
 def test_wrong_input_is_named(call, message):

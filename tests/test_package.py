@@ -21,7 +21,7 @@ LAYERS = [
     {"updates", "estimators", "optimizers"},
     {"mezo"},
     {"models"},
-    {"stream"},
+    {"stream", "objectives", "metrics"},
     {"checkpoint", "run"},
     {"tasks", "config"},
     {"train"},

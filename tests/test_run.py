@@ -15,7 +15,7 @@ import pytest
 import zo2jax as zo
 from zo2jax import stream
 from zo2jax.checkpoint import Snapshots
-from zo2jax.run import read_metrics
+from zo2jax.metrics import read_metrics
 from zo2jax.tasks.text import HeldOut, TextBatches, load_text
 
 

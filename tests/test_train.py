@@ -1,8 +1,10 @@
 """The command line on a tiny model: train, stop, go on, evaluate, export; and its errors."""
 
+import importlib.util
 import json
 import os
 import signal
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,7 +13,10 @@ import pytest
 import zo2jax as zo
 from zo2jax import cli, demo, train
 from zo2jax.config import load_config
-from zo2jax.run import Run, read_metrics
+from zo2jax.metrics import read_metrics
+from zo2jax.run import Run
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -189,3 +194,18 @@ def test_shakespeare(stories, shakespeare, tmp_path, extra, bound):
     keys = [f"model={stories}", f"data={shakespeare}", f"directory={tmp_path}", *extra]
     result = train.train(load_config("stories260k_shakespeare", keys))
     assert result.first == pytest.approx(5.05, abs=0.01) and result.last <= bound
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "opt", "qwen3"])
+def test_other_families_on_shakespeare(family, test_data, shakespeare, tmp_path):
+    """Trained on a novel for about a minute by backpropagation, then by MeZO on Shakespeare."""
+    spec = importlib.util.spec_from_file_location("pretrain_tiny", ROOT / "examples" / "pretrain_tiny.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    novel = test_data / "text" / "gutenberg" / "pg1342.txt"
+    with jax.numpy_dtype_promotion("standard"):  # optax's cosine schedule needs it
+        example.main(tmp_path / "model", family=family, size="small", text=novel, steps=250, batch=16)
+    keys = [f"model={tmp_path / 'model'}", f"data={shakespeare}", f"directory={tmp_path / 'run'}", "steps=500"]
+    result = train.train(load_config("stories260k_shakespeare", [*keys, "dtype=float32"]))
+    assert result.first - result.last > 0.05

@@ -11,66 +11,89 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
 from pallas_kernels.specs import MODELS, Spec
 from zo2jax.estimators import two_point
 from zo2jax.mezo import mezo
-from zo2jax.models.blocks import Batch, Block, Model
-from zo2jax.models.layers import Linear, RMSNorm
-from zo2jax.models.llama import Attention, LlamaConfig
+from zo2jax.models.blocks import forward
+from zo2jax.models.decoder import Decoder
+from zo2jax.models.generation import continuations, visits
+from zo2jax.models.llama import LlamaConfig
+from zo2jax.models.model import Model
+from zo2jax.models.opt import OptConfig
+from zo2jax.models.qwen3 import Qwen3Config
 from zo2jax.optimizers import sgd
 from zo2jax.run import Run
-from zo2jax.stream import forward
 
 _CONTEXT = 2048
 
 
-def _config(spec: Spec) -> LlamaConfig:
-    return LlamaConfig(
-        vocabulary=spec.vocabulary,
-        size=spec.hidden,
-        hidden=spec.ffn,
-        layers=spec.layers,
-        heads=spec.heads,
-        kv_heads=spec.kv_heads,
-        head_size=spec.head_size,
-        context=_CONTEXT,
-        attention_bias=spec.biases,
-    )
+def _config(spec: Spec) -> Decoder:
+    shape: dict[str, Any] = {"vocabulary": spec.vocabulary, "size": spec.hidden, "hidden": spec.ffn}
+    shape |= {"layers": spec.layers, "heads": spec.heads, "context": _CONTEXT}
+    if spec.biases:
+        return OptConfig(**shape, token_size=spec.hidden, tied=False)
+    family = Qwen3Config if spec.qk_norm else LlamaConfig
+    return family(**shape, kv_heads=spec.kv_heads, head_size=spec.head_size)
 
 
-SHAPES = {name: _config(MODELS[name]) for name in ("llama-7b", "opt-13b")}
-SHAPES["tiny"] = replace(
-    SHAPES["llama-7b"], vocabulary=256, size=64, hidden=128, layers=2, heads=2, kv_heads=2, head_size=32
-)
-SHAPES["opt-tiny"] = replace(SHAPES["tiny"], attention_bias=True)
-"""Shapes by name; "opt-..." have biases, and two matrices in the MLP instead of three."""
+_TINY: dict[str, Any] = {
+    "vocabulary": 256,
+    "hidden": 64,
+    "ffn": 128,
+    "layers": 2,
+    "heads": 2,
+    "kv_heads": 2,
+    "head_size": 32,
+}
+SHAPES: dict[str, Decoder] = {name: _config(spec) for name, spec in MODELS.items()}
+SHAPES["tiny"] = _config(MODELS["llama-7b"]._replace(**_TINY))
+SHAPES["opt-tiny"] = _config(MODELS["opt-1.3b"]._replace(**_TINY))
+"""Shapes by name, those of `pallas_kernels.specs` and two small ones. OPT's head is untied, as in ZO2's benchmark."""
 
-WHAT = ("forward", "mezo", "run")
-"""What is measured: two forward passes; the step of `zo2jax.mezo` in one jit; the step of `zo2jax.Run`."""
+WHAT = ("forward", "mezo", "run", "generate")
+"""What is measured: two forward passes; the step of `zo2jax.mezo` in one jit; the step of `zo2jax.Run`; a new token of
+each row by a cache. The last one is not measured unless it is asked for."""
+
+_NEW_TOKENS = 32
 
 
-class _TwoMatrixLayer(nnx.Module):
-    """x + attention(x), then x + W2 relu(W1 norm(x)): the matrices of an OPT layer."""
+@dataclass(frozen=True)
+class Work:
+    """What a step is given.
 
-    def __init__(self, config: LlamaConfig, dtype: Any, rngs: nnx.Rngs):
-        make = partial(Linear, bias=True, dtype=dtype, rngs=rngs)
-        self.attn, self.norm = Attention(config, dtype, rngs), RMSNorm(config.size, config.norm_eps)
-        self.fc1, self.fc2 = make(config.size, config.hidden), make(config.hidden, config.size)
+    >>> sorted(Work(tokens=8, rows=4, candidates=2).batch(100))
+    ['ids', 'labels', 'positions', 'targets', 'weights']
+    """
 
-    def __call__(self, x: jax.Array, batch: Batch) -> jax.Array:
-        x = x + self.attn(x, batch.get("lengths"))
-        return x + self.fc2(jax.nn.relu(self.fc1(self.norm(x))), dtype=x.dtype)
+    tokens: int = 2048
+    rows: int = 1
+    candidates: int = 0
+    """0: each token of each row is a target. Otherwise the rows are examples of so many candidates, as in a task of
+    classification: the last token of a row is its only target."""
+    steps: int = 10
+    """In each of three timed rounds."""
+
+    def batch(self, vocabulary: int) -> dict[str, jax.Array]:
+        """Random rows, as the batch of a step."""
+        ids = np.random.default_rng(0).integers(0, vocabulary, (self.rows, self.tokens)).astype(np.int32)
+        if not self.candidates:
+            return jax.device_put({"ids": ids, "targets": np.roll(ids, -1, 1)})
+        if self.rows % self.candidates:
+            raise ValueError(f"{self.rows} rows are no examples of {self.candidates} candidates: make them a multiple")
+        last = np.full((self.rows, 1), self.tokens - 2, np.int32)
+        weights, labels = np.ones((self.rows, 1), np.float32), np.zeros(self.rows // self.candidates, np.int32)
+        return jax.device_put(
+            {"ids": ids, "positions": last, "targets": ids[:, -1:], "weights": weights, "labels": labels}
+        )
 
 
 def random_model(shape: str, layers: int | None = None, dtype: Any = jnp.bfloat16) -> Model:
@@ -80,19 +103,11 @@ def random_model(shape: str, layers: int | None = None, dtype: Any = jnp.bfloat1
     73920
     """
     config = SHAPES[shape] if layers is None else replace(SHAPES[shape], layers=layers)
-    if not config.attention_bias:
-        return config.init(jax.random.key(0), dtype)
-    dtype = jnp.dtype(dtype)
-    ends = replace(config, layers=0).init(jax.random.key(0), dtype)
-    layer = Block.define("layers.0", lambda rngs: _TwoMatrixLayer(config, dtype, rngs))
+    return config.init(jax.random.key(0), dtype)
 
-    @jax.jit
-    def make(key: jax.Array) -> Any:
-        return nnx.to_pure_dict(nnx.state(_TwoMatrixLayer(config, dtype, nnx.Rngs(params=key))))
 
-    blocks = [Block(f"layers.{i}", layer.graphdef, layer.shapes) for i in range(config.layers)]
-    params = ends.params | {block.name: make(jax.random.key(i)) for i, block in enumerate(blocks, 1)}
-    return Model(config, (ends.blocks[0], *blocks, ends.blocks[-1]), params)
+DEFAULT = Work()
+"""One row of 2048 tokens."""
 
 
 @contextmanager
@@ -102,6 +117,11 @@ def _steps(what: str, model: Model, batch: Any) -> Iterator[Callable[[], Any]]:
     with ExitStack() as stack:
         if what == "forward":
             yield lambda: [forward(model.blocks, model.params, batch) for _ in range(2)]
+        elif what == "generate":
+            ids = np.asarray(batch["ids"])
+            prompts = (ids, np.full(len(ids), ids.shape[1], np.int32))
+            visit = visits(model.blocks, model.params)
+            yield lambda: continuations(visit, model.blocks, prompts, _NEW_TOKENS, lambda row, written: False)
         elif what == "run":
             directory = stack.enter_context(tempfile.TemporaryDirectory())
             run = stack.enter_context(Run(model, estimator, optimizer, directory=directory, key=jax.random.key(0)))
@@ -120,17 +140,16 @@ def _steps(what: str, model: Model, batch: Any) -> Iterator[Callable[[], Any]]:
             yield once
 
 
-def measure(what: str, shape: str, layers: int | None, tokens: int, rows: int, steps: int) -> dict[str, Any]:
+def measure(what: str, shape: str, layers: int | None, work: Work) -> dict[str, Any]:
     """Times one of `WHAT`: seconds of the first call, median milliseconds of a step, peak device memory in GiB.
 
-    >>> sorted(measure("forward", "tiny", 1, 8, 1, 2))
+    >>> sorted(measure("forward", "tiny", 1, Work(tokens=8, steps=2)))
     ['first_call_s', 'layers', 'ms', 'parameters', 'peak_gib', 'shape', 'weights_gib', 'what']
     """
     model = random_model(shape, layers)
-    model.check_tokens(tokens)
-    ids = np.random.default_rng(0).integers(0, model.config.vocabulary, (rows, tokens)).astype(np.int32)
-    batch = jax.device_put({"ids": ids, "targets": np.roll(ids, -1, 1)})
-    result = {
+    model.check_tokens(work.tokens + _NEW_TOKENS * (what == "generate"))
+    batch = work.batch(model.config.vocabulary)
+    result: dict[str, Any] = {
         "what": what,
         "shape": shape,
         "layers": model.config.layers,
@@ -146,29 +165,30 @@ def measure(what: str, shape: str, layers: int | None, tokens: int, rows: int, s
         times = []
         for _ in range(3):
             start = time.perf_counter()
-            for _ in range(steps):
+            for _ in range(work.steps):
                 last = step()
             jax.block_until_ready(last)
-            times.append((time.perf_counter() - start) / steps * 1e3)
-        result["ms"] = statistics.median(times)
+            times.append((time.perf_counter() - start) / work.steps * 1e3)
+        result["ms"] = statistics.median(times) / (_NEW_TOKENS if what == "generate" else 1)
     memory = jax.devices()[0].memory_stats() or {}
     result["peak_gib"] = memory.get("peak_bytes_in_use", float("nan")) / 2**30
     return result
 
 
 def bench(
-    shape: str, *, layers: int | None, tokens: int, rows: int, steps: int, what: Sequence[str] = WHAT
+    shape: str, *, layers: int | None = None, work: Work = DEFAULT, what: Sequence[str] = WHAT[:3]
 ) -> list[dict[str, Any]]:
     """Measures each of ``what`` in a process of its own, so that peak memory is its own, and prints a table."""
     results = []
     for name in what:
-        arguments = f"{name!r}, {shape!r}, {layers}, {tokens}, {rows}, {steps}"
-        code = f"import json; from zo2jax.bench import measure; print(json.dumps(measure({arguments})))"
+        arguments = f"{name!r}, {shape!r}, {layers}, {work!r}"
+        code = f"import json; from zo2jax.bench import Work, measure; print(json.dumps(measure({arguments})))"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"the measurement of {name!r} failed:\n{done.stderr.strip()[-2000:]}")
         results.append(json.loads(done.stdout.splitlines()[-1]))
-    size = f"{results[0]['layers']} layers, {results[0]['parameters'] / 1e9:.2f} G parameters, {rows} x {tokens} tokens"
+    size = f"{results[0]['layers']} layers, {results[0]['parameters'] / 1e9:.2f} G parameters, "
+    size += f"{work.rows} x {work.tokens} tokens" + f", {work.candidates} candidates" * bool(work.candidates)
     table = Table(title=f"{shape}, {size}; {jax.devices()[0].device_kind}, jax {jax.__version__}")
     for column in ("", "ms", "first call s", "weights GiB", "peak GiB"):
         table.add_column(column, justify="right" if column else "left")

@@ -1,12 +1,18 @@
-"""The command line: ``zo2jax train | eval | export | demo | bench``."""
+"""The command line: ``zo2jax train | eval | generate | export | demo | bench``."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
 
 from zo2jax import __version__, bench, demo, train
 from zo2jax.config import load_config
-from zo2jax.models.hub import export
+from zo2jax.models.generation import Choose, greedy, sampling
+from zo2jax.models.hub import export, load
+from zo2jax.models.tokenizers import ChatTemplate
 
 _INTERRUPTED = 130
 
@@ -24,10 +30,22 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("config", help="a config file, or the name of one that comes with the package")
     add_overrides(sub)
 
-    sub = commands.add_parser("eval", help="held-out loss of a run's weights, or of a config's untrained model")
+    sub = commands.add_parser("eval", help="held-out loss or task metric of a run, or of a config's untrained model")
     sub.add_argument("target", help="the directory of a run, or a config")
     add_overrides(sub)
     sub.add_argument("--best", action="store_true", help="the checkpoint with the best held-out loss, not the last")
+
+    sub = commands.add_parser("generate", help="continue prompts, by a model or by a run's weights")
+    sub.add_argument("model", help="a Hugging Face folder or hub id, or the directory of a run")
+    sub.add_argument("prompts", nargs="*", metavar="prompt", help="texts to continue; lines of standard input if none")
+    sub.add_argument("--best", action="store_true", help="of a run: the checkpoint with the best held-out loss")
+    sub.add_argument("--tokens", type=int, default=64, help="new tokens at most")
+    sub.add_argument("--stop", action="append", default=[], help="a string that ends the text; may be repeated")
+    sub.add_argument("--temperature", type=float, default=0.0, help="0 for greedy generation")
+    sub.add_argument("--top-k", type=int, default=0, help="draw from so many tokens; 0 for all")
+    sub.add_argument("--top-p", type=float, default=1.0, help="draw from the tokens that make up this probability")
+    sub.add_argument("--seed", type=int, default=0, help="of the draws")
+    sub.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
 
     sub = commands.add_parser("export", help="write a run's weights as a Hugging Face folder")
     sub.add_argument("run", help="the directory of a run")
@@ -40,10 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     sub = commands.add_parser("bench", help="time and peak memory of a step, on random weights of a real model's shape")
     sub.add_argument("shape", choices=sorted(bench.SHAPES), help="the model")
     sub.add_argument("--layers", type=int, help="cut the model to so many layers")
-    sub.add_argument("--tokens", type=int, default=2048, help="tokens in a row")
-    sub.add_argument("--rows", type=int, default=1, help="rows in a batch")
-    sub.add_argument("--steps", type=int, default=10, help="steps in each of three timed rounds")
-    sub.add_argument("--what", choices=bench.WHAT, nargs="+", default=bench.WHAT, help="what is measured")
+    default = bench.DEFAULT
+    sub.add_argument("--tokens", type=int, default=default.tokens, help="tokens in a row")
+    sub.add_argument("--rows", type=int, default=default.rows, help="rows in a batch")
+    sub.add_argument("--candidates", type=int, default=0, help="rows are examples of so many candidates (a task)")
+    sub.add_argument("--steps", type=int, default=default.steps, help="steps in each of three timed rounds")
+    sub.add_argument("--what", choices=bench.WHAT, nargs="+", default=bench.WHAT[:3], help="what is measured")
     return parser
 
 
@@ -54,15 +74,50 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "demo":
         return 0 if demo.demo(arguments.overrides).finished else _INTERRUPTED
     if arguments.command == "eval":
-        step, loss = train.evaluate(arguments.target, arguments.overrides, best=arguments.best)
-        print(f"step {step}  held-out loss {loss:.4f} nats/token")
+        step, _, line = train.evaluate(arguments.target, arguments.overrides, best=arguments.best)
+        print(f"step {step}  {line}")
+    elif arguments.command == "generate":
+        _generate(arguments)
     elif arguments.command == "bench":
-        options = {name: getattr(arguments, name) for name in ("layers", "tokens", "rows", "steps", "what")}
-        bench.bench(arguments.shape, **options)
+        work = bench.Work(**{name: getattr(arguments, name) for name in ("tokens", "rows", "candidates", "steps")})
+        bench.bench(arguments.shape, layers=arguments.layers, work=work, what=arguments.what)
     else:
         _, model = train.trained_model(arguments.run, best=arguments.best)
         print(export(model, arguments.output))
     return 0
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    is_run = (Path(arguments.model).expanduser() / "metrics.jsonl").is_file()
+    model = train.trained_model(arguments.model, best=arguments.best)[1] if is_run else load(arguments.model)
+    prompts = arguments.prompts or [line.rstrip("\n").replace("\\n", "\n") for line in sys.stdin]
+    texts: list[Any] = prompts
+    if arguments.chat:
+        if model.folder is None or model.tokenizer is None:
+            raise ValueError(f"{arguments.model} has no tokenizer, which --chat needs")
+        template = ChatTemplate.from_folder(model.folder)
+        asked = [template.render([{"role": "user", "content": p}], add_generation_prompt=True) for p in prompts]
+        texts = [model.tokenizer.encode(text, add_special_tokens=False).ids for text in asked]
+    choose: Choose = greedy
+    if arguments.temperature:
+        options = {"temperature": arguments.temperature, "top_k": arguments.top_k, "top_p": arguments.top_p}
+        choose = sampling(jax.random.key(arguments.seed), **options)
+    for prompt, text in zip(
+        prompts, model.generate(texts, arguments.tokens, stop=arguments.stop, choose=choose), strict=True
+    ):
+        print(text if arguments.chat else prompt + text)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may stand before and after flags, which argparse alone does not allow."""
+    parser = _parser()
+    arguments, extra = parser.parse_known_args(argv)
+    unknown = [x for x in extra if x.startswith("-") or "=" not in x or not hasattr(arguments, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if extra:
+        arguments.overrides = [*arguments.overrides, *extra]
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     >>> main(["eval", "no/such/run"])
     1
     """
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     try:
         return _run(arguments)
     except (ValueError, OSError, ImportError, RuntimeError) as error:

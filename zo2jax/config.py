@@ -32,7 +32,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Fine-tuning by MeZO on plain text. Every field is overridden on the command line as ``key=value``.
+    """Fine-tuning by MeZO on plain text or on a task. Every field is overridden on the command line as ``key=value``.
 
     >>> Config(model="m", data="d", steps=3).steps
     3
@@ -41,7 +41,28 @@ class Config:
     model: str = ""
     """A Hugging Face folder, or a hub id."""
     data: str = ""
-    """Text: a file, several separated by commas, or a folder of .txt files."""
+    """Text: a file, several separated by commas, or a folder of .txt files. With a task: the training examples, or a
+    folder of training and evaluation examples (JSON lines, JSON, TSV, CSV, Parquet), or ``hub:PATH[:CONFIG]``; empty
+    for the task's own data set on the hub."""
+    task: str = ""
+    """Empty for plain text; a task's name (see `zo2jax.tasks.catalog`), "completion", "chat", or a Python file that
+    holds a `zo2jax.Task`."""
+    validation: str = ""
+    """The evaluation examples, where they are not found beside the training examples."""
+    train_examples: int = 1000
+    dev_examples: int = 500
+    """Of the training examples; their loss picks the best checkpoint."""
+    eval_examples: int = 1000
+    """Of the validation examples; the task's metric is taken on them."""
+    data_seed: int = 0
+    """Of the choice of examples."""
+    objective: Literal["", "candidates", "tokens", "accuracy", "generated"] = ""
+    """What a task is trained by: cross-entropy over candidates, or of the right text's tokens; or, without a
+    gradient, the accuracy, or the metric of what the model writes. Empty for what the task says."""
+    demonstrations: int = 0
+    """In the prompts of evaluations (in-context learning)."""
+    scoring: Literal["mean", "sum", "sfc", "icl_sfc"] = "mean"
+    """Of candidates in evaluations: log-probability a token or in all, or calibrated."""
     directory: str = "runs/train"
     """The run directory."""
     steps: int = 1000
@@ -72,6 +93,8 @@ class Config:
     """Steps between two evaluations, each followed by a checkpoint."""
     max_skipped: int = 10
     """Steps in a row that may have a loss that is not finite."""
+    tensorboard: bool = True
+    """Whether metrics are written for TensorBoard, beside metrics.jsonl."""
 
     def __post_init__(self) -> None:
         """Checks the ranges of all fields.
@@ -79,9 +102,12 @@ class Config:
         Raises:
             ConfigError: for the first value out of range.
         """
-        for name in ("steps", "batch", "tokens", "directions", "eval_every", "max_skipped"):
+        counts = ("steps", "batch", "tokens", "directions", "eval_every", "max_skipped")
+        for name in (*counts, "train_examples", "dev_examples", "eval_examples"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected an integer of at least 1")
+        if self.demonstrations < 0:
+            raise ConfigError(f"demonstrations={self.demonstrations}: expected an integer of at least 0")
         for name in ("learning_rate", "weight_decay", "clip"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}={getattr(self, name)}: expected a finite number of at least 0")
@@ -89,8 +115,9 @@ class Config:
             raise ConfigError(f"eps={self.eps}: expected a positive number, such as 1e-3")
         if not 0 < self.held_out < 1:
             raise ConfigError(f"held_out={self.held_out}: expected a fraction between 0 and 1")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed={self.seed}: expected an integer from 0 to 2**32 - 1")
+        for name in ("seed", "data_seed"):
+            if not 0 <= getattr(self, name) < 2**32:
+                raise ConfigError(f"{name}={getattr(self, name)}: expected an integer from 0 to 2**32 - 1")
 
     def make_estimator(self) -> Estimator:
         """The estimator that the config describes."""
@@ -111,16 +138,35 @@ class Config:
         return _ROUNDINGS[self.rounding]
 
     def as_json(self) -> dict[str, Any]:
-        """What config.json holds: every field but ``directory``; local paths are absolute."""
+        """What config.json holds: every field but those that change no weights; local paths are absolute."""
         values = asdict(self)
-        del values["directory"]
-        values["model"] = _absolute(self.model)
+        for name in ("directory", "tensorboard", "eval_examples", "demonstrations", "scoring"):
+            del values[name]
+        values |= {name: _absolute(values[name]) for name in ("model", "task", "validation")}
         values["data"] = ",".join(_absolute(part.strip()) for part in self.data.split(","))
         return values
 
     def may_grow(self) -> tuple[str, ...]:
         """Keys that may be larger when a run goes on: ``steps``, unless the schedule depends on it."""
         return ("steps",) if self.schedule == "constant" else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MezoRecipe(Config):
+    """How MeZO fine-tunes OPT on a task (arXiv 2305.17333, appendix E.3): 20,000 steps of 16 examples.
+
+    1000 examples, checked every 4000 steps on 500 others; a constant learning rate (MeZO searched 1e-6 and 1e-7), eps
+    1e-3, no weight decay. Matrices are bfloat16, rounded stochastically, where MeZO kept float16.
+
+    >>> MezoRecipe(task="sst2").steps
+    20000
+    """
+
+    model: str = "facebook/opt-13b"
+    steps: int = 20_000
+    eval_every: int = 4000
+    learning_rate: float = 1e-7
+    dtype: Literal["", "float32", "bfloat16", "float16"] = "bfloat16"
 
 
 def _absolute(path: str) -> str:

@@ -1,6 +1,5 @@
 """`zo2jax demo`: adapts the small Llama that comes with the package from docstrings to source code, offline."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from rich.console import Console
 from rich.panel import Panel
 
 from zo2jax.config import Config, find_config, packaged_configs, with_overrides
+from zo2jax.metrics import write_atomically
 from zo2jax.models.hub import load
 from zo2jax.tasks.stdlib import source_code
 from zo2jax.train import Result, train, trained_model
@@ -36,9 +36,7 @@ def demo_config(overrides: Sequence[str] = ()) -> Config:
         text = Path(config.directory).expanduser() / "stdlib_code.txt"
         if not text.is_file():
             text.parent.mkdir(parents=True, exist_ok=True)
-            scratch = text.with_suffix(".tmp")
-            scratch.write_text(source_code(_CHARACTERS), encoding="utf-8")
-            os.replace(scratch, text)
+            write_atomically(text, source_code(_CHARACTERS))
         config = replace(config, data=str(text))
     return config
 

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +16,19 @@ import numpy as np
 from zo2jax.checkpoint import Snapshots
 from zo2jax.directions import step_keys
 from zo2jax.estimators import Estimator
+from zo2jax.metrics import Metrics, write_atomically
 from zo2jax.mezo import Info, State, conclude, mezo
-from zo2jax.models.blocks import Model
+from zo2jax.models.blocks import forward
+from zo2jax.models.generation import visits
 from zo2jax.models.hub import export
+from zo2jax.models.layers import Batch
+from zo2jax.models.model import Model
+from zo2jax.objectives import Generated
 from zo2jax.optimizers import Optimizer, as_optimizer
-from zo2jax.stream import Sweep, forward
+from zo2jax.stream import Sweep
 from zo2jax.updates import Rounding, Update, stochastic
+
+Loss = Callable[[Any, Batch], jax.Array] | Generated
 
 
 class NonFiniteLoss(RuntimeError):
@@ -78,9 +84,7 @@ def _write_once(path: Path, config: Mapping[str, Any], may_grow: Sequence[str]) 
                 f"{path.parent} holds a run with another config ({lines}). Only {' and '.join(may_grow) or 'nothing'} "
                 "may grow: use the old values, or another directory"
             )
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(config, indent=1) + "\n")
-    os.replace(scratch, path)
+    write_atomically(path, json.dumps(config, indent=1) + "\n")
 
 
 class Run:
@@ -99,8 +103,11 @@ class Run:
         key: ``jax.random.key(seed)``.
         rounding: how updates of 16-bit matrices are rounded.
         config: what describes the run; compared with config.json on resume. A description of the arguments if None.
+        loss: what is trained on instead of the model's own loss: ``fn(what the head gives, batch) -> float32
+            [examples]`` (see `zo2jax.Model.with_loss`), or a `zo2jax.Generated` score of what the model writes.
         may_grow: keys of ``config`` that may be larger on resume.
         max_skipped: so many steps in a row may have a loss that is not finite, before `NonFiniteLoss` is raised.
+        tensorboard: whether the metrics go to ``tensorboard`` in the directory as well.
 
     Raises:
         ValueError: if the directory holds a run with another config, naming the keys.
@@ -128,13 +135,17 @@ class Run:
         directory: str | Path,
         key: jax.Array,
         rounding: Rounding = stochastic,
+        loss: Loss | None = None,
         config: Mapping[str, Any] | None = None,
         may_grow: Sequence[str] = (),
         max_skipped: int = 10,
+        tensorboard: bool = False,
     ):
         """Opens the directory; restores the newest checkpoint if there is one."""
         optimizer = as_optimizer(optimizer)
         bare = model.replace({})  # what is kept, without the untrained weights
+        self._generated = loss if isinstance(loss, Generated) else None
+        trained = bare if loss is None or isinstance(loss, Generated) else bare.with_loss(loss)
         state = mezo(bare.loss, estimator, optimizer, rounding=rounding).init(model.params, key)
         if config is None:
             config = {
@@ -142,6 +153,7 @@ class Run:
                 "estimator": str(estimator),
                 "optimizer": optimizer.name,
                 "rounding": str(rounding),
+                "loss": None if loss is None else getattr(loss, "__name__", str(loss)),
                 "key": jax.random.key_data(state.key).tolist(),
             }
         self.directory = Path(directory).expanduser()
@@ -158,7 +170,7 @@ class Run:
             self._state = state._replace(params=dict(state.params))
         structure = jax.tree.structure(self._state.params)
         self._sweep = Sweep(
-            bare.blocks, self._state.leaf_ids, structure, estimator.direction, rounding, borrowed=last is None
+            trained.blocks, self._state.leaf_ids, structure, estimator.direction, rounding, borrowed=last is None
         )
         self._matrix = jnp.asarray(estimator.probes)
         self._begin = jax.jit(partial(step_keys, count=estimator.directions))
@@ -167,9 +179,8 @@ class Run:
             step_keys(state.key, state.step, estimator.directions), jnp.zeros(estimator.directions), jnp.zeros(())
         )
         self._update = self._nothing  # what the weights still lack: a step applies the update of the one before it
-        self._metrics_file = self.directory / "metrics.jsonl"
         self._done = int(self._state.step)
-        self._forget_metrics_after(-1 if last is None else last)
+        self._metrics = Metrics(self.directory, -1 if last is None else last, tensorboard=tensorboard)
         self._pending: StepInfo | None = None
         self._finished: float | None = None  # when the last recorded step was done
         self._rate = float("nan")
@@ -216,10 +227,7 @@ class Run:
             NonFiniteLoss: after ``max_skipped`` steps in a row without a finite loss; they changed no weights.
         """
         keys = self._begin(self._state.key, self._state.step)
-        update, self._update = self._update, self._nothing
-        sums = self._sweep.train(self._state.params, update, keys, self._matrix, jax.device_put(batch))
-        if not isinstance(sums, tuple):
-            raise ValueError(f"a batch of {sorted(batch)} has no loss: expected 'ids' and 'targets'")
+        sums = self._losses(keys, batch)
         info, opt_state, step = self._conclude(keys, sums, self._state.opt_state, self._state.step)
         self._state, self._update = self._state._replace(opt_state=opt_state, step=step), info.update
         self._done += 1
@@ -239,11 +247,19 @@ class Run:
         return self._pending
 
     def evaluate(self, batches: Iterable[Any]) -> float:
-        """The mean loss over all batches in nats per token, with every update applied; written as ``eval/loss``."""
+        """The mean loss over all batches, with every update applied; written as ``eval/loss``.
+
+        In nats per token for language models; else what the loss of the run is, per example.
+        """
         self.flush()
-        loss = mean_loss(partial(forward, self._model.blocks), self._state.params, batches)
+        if self._generated is None:
+            loss = mean_loss(partial(forward, self._sweep.blocks), self._state.params, batches)
+        else:
+            visit = visits(self._model.blocks, self._state.params)
+            sums = [self._generated.sums(self._model, visit, batch) for batch in batches]
+            loss = _ratio([(total[0], count[0]) for total, count in sums])
         self._eval_loss = {self._done: loss}
-        self._write({"step": self._done, "eval/loss": _number(loss)})
+        self._metrics.write({"step": self._done, "eval/loss": _number(loss)})
         return loss
 
     def flush(self) -> None:
@@ -273,6 +289,19 @@ class Run:
             self.flush()
         finally:
             self._snapshots.close()
+            self._metrics.close()
+
+    def _losses(self, keys: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
+        """(sums of losses, counts) of the members [M]; the weights have every update then."""
+        if self._generated is not None:
+            self._catch_up()
+            visit = self._sweep.visits(self._state.params, keys, self._matrix)
+            return self._generated.sums(self._model, visit, batch, len(self._matrix))
+        update, self._update = self._update, self._nothing
+        sums = self._sweep.train(self._state.params, update, keys, self._matrix, jax.device_put(batch))
+        if not isinstance(sums, tuple):
+            raise ValueError(f"a batch of {sorted(batch)} has no loss: expected 'ids' and 'targets'")
+        return sums
 
     def _catch_up(self) -> None:
         """Applies the update that the weights still lack."""
@@ -305,27 +334,8 @@ class Run:
             "train/projected_gradient": gradient[0] if len(gradient) == 1 else gradient,
             "tokens_per_second": _number(self._rate),
         }
-        self._write(line | ({"train/skipped": True} if skipped else {}))
+        self._metrics.write(line | ({"train/skipped": True} if skipped else {}))
         self._skipped_in_row = self._skipped_in_row + 1 if skipped else 0
-
-    def _write(self, line: Mapping[str, Any]) -> None:
-        with self._metrics_file.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def _forget_metrics_after(self, step: int) -> None:
-        """Drops lines of steps that will be done again, and a torn last line."""
-        if not self._metrics_file.is_file():
-            return
-        kept = []
-        for line in self._metrics_file.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError):
-                continue
-        scratch = self._metrics_file.with_suffix(".tmp")
-        scratch.write_text("".join(kept))
-        os.replace(scratch, self._metrics_file)
 
 
 def _conclude(
@@ -343,7 +353,11 @@ def mean_loss(loss_sum: Callable[..., Any], params: Any, batches: Iterable[Any])
     >>> mean_loss(lambda params, batch: (params * batch, batch), 0.5, [1.0, 2.0])
     0.5
     """
-    sums = [loss_sum(params, jax.device_put(batch)) for batch in batches]
+    return _ratio([loss_sum(params, jax.device_put(batch)) for batch in batches])
+
+
+def _ratio(sums: Sequence[tuple[Any, Any]]) -> float:
+    """Sum of losses over sum of counts."""
     if not sums:
         raise ValueError("there are no batches to evaluate on")
     return float(np.sum([float(s) for s, _ in sums]) / np.sum([float(n) for _, n in sums]))
@@ -353,20 +367,3 @@ def _tokens(batch: Any) -> int:
     """How many tokens a batch holds: the size of ``ids``, or of its first array."""
     leaf = batch["ids"] if isinstance(batch, Mapping) and "ids" in batch else jax.tree.leaves(batch)[0]
     return int(np.size(leaf))
-
-
-def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, in order.
-
-    Raises:
-        FileNotFoundError: if the directory holds no metrics.
-
-    >>> read_metrics("no/such/run")
-    Traceback (most recent call last):
-    ...
-    FileNotFoundError: no/such/run holds no metrics.jsonl: expected the directory of a run
-    """
-    path = Path(directory).expanduser() / "metrics.jsonl"
-    if not path.is_file():
-        raise FileNotFoundError(f"{directory} holds no metrics.jsonl: expected the directory of a run")
-    return [json.loads(line) for line in path.read_text().splitlines()]

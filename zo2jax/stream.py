@@ -6,8 +6,7 @@ carries. So the memory it needs is that of one block's largest leaf, M times, wh
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,29 +14,15 @@ import numpy as np
 from jax import lax
 
 from zo2jax.directions import Direction
-from zo2jax.models.blocks import Batch, Block, Params, tied_leaves, with_tied
+from zo2jax.models.blocks import Block, Kind, Params, kinds, tied_leaves, with_tied
+from zo2jax.models.generation import Visit
+from zo2jax.models.layers import Batch, Cache
 from zo2jax.updates import Rounding, Update, move
-
-
-class _Kind:
-    """What equal blocks share: all but the name. Compared by identity, since hashing a Flax graph takes long."""
-
-    def __init__(self, block: Block):
-        self.block = block
-
-
-@lru_cache(maxsize=256)
-def _kind_of(nameless: Block) -> _Kind:
-    return _Kind(nameless)
-
-
-def _kinds(blocks: Sequence[Block]) -> list[_Kind]:
-    return [_kind_of(replace(block, name="")) for block in blocks]
 
 
 @partial(jax.jit, static_argnames=("kind", "one_by_one", "direction", "rounding"), donate_argnames="leaves")
 def _visit(
-    kind: _Kind,
+    kind: Kind,
     leaves: Params,
     tied: Params,
     ids: tuple[Any, Any],
@@ -64,9 +49,29 @@ def _apply(leaves: Params, ids: Any, update: Update, direction: Direction, round
     return move(leaves, ids, update, direction=direction, rounding=rounding)[0]
 
 
-@partial(jax.jit, static_argnums=0)
-def _forward(kind: _Kind, leaves: Params, tied: Params, carry: Any, batch: Batch) -> Any:
-    return kind.block.apply(with_tied(leaves, tied), carry, batch)
+@partial(jax.jit, static_argnames=("kind", "one_by_one", "direction"), donate_argnames="cache")
+def _extend(
+    kind: Kind,
+    leaves: Params,
+    tied: Params,
+    ids: tuple[Any, Any],
+    keys: jax.Array,
+    matrix: jax.Array,
+    rows: tuple[Any, Batch],
+    cache: Cache | None,
+    one_by_one: bool,
+    direction: Direction,
+) -> tuple[Any, Cache | None]:
+    """One block of a generating sweep: rows come member by member, [M b, ...], and go so."""
+    members = move(leaves, ids[0], None, keys, matrix, direction=direction)[1]
+    if tied:
+        members = with_tied(members, move(tied, ids[1], None, keys, matrix, direction=direction)[1])
+    apart = jax.tree.map(lambda x: x.reshape(len(matrix), -1, *x.shape[1:]), (*rows, cache))
+    if one_by_one:
+        done = lax.map(lambda member: kind.block.extend(member[0], *member[1]), (members, apart))
+    else:
+        done = jax.vmap(lambda leaves, row: kind.block.extend(leaves, *row))(members, apart)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), done)
 
 
 class Sweep:
@@ -103,7 +108,7 @@ class Sweep:
     ):
         """Sorts out which leaves each block owns and which it shares."""
         self._borrowed = {block.name for block in blocks} if borrowed else set()
-        self.blocks, self.kinds = tuple(blocks), _kinds(blocks)
+        self.blocks, self.kinds = tuple(blocks), kinds(blocks)
         self._direction, self._rounding = direction, rounding
         ids = jax.tree.unflatten(structure, np.asarray(leaf_ids, np.uint32))
         self._ids = {
@@ -154,6 +159,29 @@ class Sweep:
             ids = self._ids[block.name][0]
             params[block.name] = _apply(self._own(block, params), ids, update, self._direction, self._rounding)
 
+    def visits(self, params: Params, keys: jax.Array, matrix: jax.Array) -> Visit:
+        """Visits of the probes of ``params``, for generation; rows stand member by member, [M b, ...].
+
+        Probes are made anew in every visit, as in `train`: a generated token costs a pass over the weights.
+        """
+        kind_of = dict(zip((block.name for block in self.blocks), self.kinds, strict=True))
+
+        def visit(block: Block, carry: Any, batch: Batch, cache: Cache | None) -> tuple[Any, Cache | None]:
+            return _extend(
+                kind_of[block.name],
+                params[block.name],
+                tied_leaves(block, params),
+                self._ids[block.name],
+                keys,
+                matrix,
+                (carry, batch),
+                cache,
+                one_by_one=jax.default_backend() == "cpu",
+                direction=self._direction,
+            )
+
+        return visit
+
     def _own(self, block: Block, params: Params) -> Params:
         """A block's leaves, as arrays whose memory may be reused."""
         if block.name not in self._borrowed:
@@ -162,20 +190,3 @@ class Sweep:
         # Waiting keeps the copies of many blocks from being under way at once.
         params[block.name] = jax.block_until_ready(jax.tree.map(jax.numpy.copy, params[block.name]))
         return params[block.name]
-
-
-def forward(blocks: Sequence[Block], params: Params, batch: Batch) -> Any:
-    """Carries a batch through all blocks, without probes: logits, or (loss sum, count) if the batch has targets.
-
-    The result of `zo2jax.models.blocks.run_blocks`, compiled block by block.
-
-    >>> from zo2jax.models.llama import LlamaConfig
-    >>> config = LlamaConfig(vocabulary=8, size=8, hidden=8, layers=2, heads=2, kv_heads=1, head_size=4, context=16)
-    >>> model = config.init(jax.random.key(0))
-    >>> forward(model.blocks, model.params, {"ids": jax.numpy.array([[1, 2, 3]])}).shape
-    (1, 3, 8)
-    """
-    carry = None
-    for block, kind in zip(blocks, _kinds(blocks), strict=True):
-        carry = _forward(kind, params[block.name], tied_leaves(block, params), carry, batch)
-    return carry

@@ -1,12 +1,14 @@
 """The main of `zo2jax train`: load, step, evaluate, save, plot; readable from top to bottom."""
 
 import contextlib
+import json
 import math
 import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from zo2jax.checkpoint import Snapshots
 from zo2jax.config import Config, ConfigError, load_config
-from zo2jax.models.blocks import Model
+from zo2jax.metrics import read_metrics, write_atomically
+from zo2jax.models.blocks import forward
 from zo2jax.models.hub import load
-from zo2jax.run import Run, StepInfo, mean_loss, read_metrics
-from zo2jax.tasks.text import HeldOut, TextBatches, load_text
+from zo2jax.models.model import Model
+from zo2jax.run import Run, StepInfo, mean_loss
+from zo2jax.tasks.prepare import Prepared, prepare
+from zo2jax.tasks.scoring import Evaluation
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a training run ended with; losses are held-out, in nats per token.
+    """What a training run ended with; losses are held-out.
 
     >>> Result(Path("out"), 10, 5.0, 4.0, True).last
     4.0
@@ -36,12 +41,15 @@ class Result:
     first: float
     last: float
     finished: bool
+    metrics: dict[str, float] | None = None
+    """Of a task: its metric on the evaluation examples, by the checkpoint with the best held-out loss."""
 
 
 def train(config: Config, console: Console | None = None) -> Result:
     """Trains by a config, going on where the directory's run stopped, and plots the losses.
 
-    Ctrl-C finishes the step, saves, and returns; a second Ctrl-C interrupts at once.
+    A task's metric is taken at the end, with the weights of the best held-out loss. Ctrl-C finishes the step, saves,
+    and returns; a second Ctrl-C interrupts at once.
 
     Raises:
         FileNotFoundError, ValueError, PermissionError: for bad input, before anything is written.
@@ -49,12 +57,10 @@ def train(config: Config, console: Console | None = None) -> Result:
     """
     console = console or Console()
     model = load(config.model, dtype=config.dtype or None)
-    text = load_text(model, config.data, tokens=config.tokens, batch=config.batch, held_out=config.held_out)
-    batches = TextBatches(text.train, config.batch, config.steps, config.seed)
-    held_out = HeldOut(text.held_out, config.batch)
+    data = prepare(config, model)
     console.print(
         f"{config.model}: {model.parameter_count:,} parameters, {model.dtype}, on {jax.devices()[0].device_kind}; "
-        f"{len(text.train):,} rows of {config.tokens} tokens, {len(text.held_out):,} held out"
+        f"{data.summary}"
     )
     run = Run(
         model,
@@ -63,23 +69,25 @@ def train(config: Config, console: Console | None = None) -> Result:
         directory=config.directory,
         key=jax.random.key(config.seed),
         rounding=config.make_rounding(),
+        loss=data.loss,
         config=config.as_json(),
         may_grow=config.may_grow(),
         max_skipped=config.max_skipped,
+        tensorboard=config.tensorboard,
     )
     del model  # the run holds its own copy
     with run, _interruptible() as interrupted:
         if run.steps_done == 0:
-            _report(console, 0, run.evaluate(held_out))
+            _report(console, 0, run.evaluate(data.held_out), data.unit)
         else:
             console.print(f"going on after step {run.steps_done} in {run.directory}")
         with _Display(console, config, run.steps_done) as display:
             try:
-                for batch in run.remaining(batches):
+                for batch in run.remaining(data.batches):
                     info = run.step(batch)
                     display.show(info)
                     if info.step % config.eval_every == 0 or info.step == config.steps:
-                        _report(console, info.step, run.evaluate(held_out))
+                        _report(console, info.step, run.evaluate(data.held_out), data.unit)
                         run.save()
                     if interrupted.is_set():
                         break
@@ -91,13 +99,36 @@ def train(config: Config, console: Console | None = None) -> Result:
         done = run.steps_done
         if done < config.steps:
             console.print(f"stopped after step {done} of {config.steps}, saved; the same command goes on from there")
-    plot_losses(config.directory)
+    del run  # its weights: those of the best checkpoint are read next
+    plot_losses(config.directory, data.unit)
+    metrics = None
+    if data.evaluate is not None and done >= config.steps:
+        metrics = _evaluate_best(config, data, console)
     losses = [
         math.nan if line["eval/loss"] is None else line["eval/loss"]
         for line in read_metrics(config.directory)
         if "eval/loss" in line
     ]
-    return Result(run.directory, done, losses[0], losses[-1], done >= config.steps)
+    directory = Path(config.directory).expanduser()
+    return Result(directory, done, losses[0], losses[-1], done >= config.steps, metrics)
+
+
+def _evaluate_best(config: Config, data: Prepared, console: Console) -> dict[str, float]:
+    """The task's metric by the best checkpoint; kept in evaluation.json, beside the predictions."""
+    step, model = trained_model(config.directory, best=True)
+    evaluation = _evaluated(data, model, console)
+    console.print(f"step {step:6d}  {evaluation}", highlight=False)
+    text = json.dumps({"step": step, **asdict(evaluation)}, indent=1, default=list)
+    write_atomically(Path(config.directory).expanduser() / "evaluation.json", text + "\n")
+    return evaluation.metrics
+
+
+def _evaluated(data: Prepared, model: Model, console: Console) -> Evaluation:
+    """The evaluation of a task, with a progress bar."""
+    assert data.evaluate is not None
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        bar = progress.add_task("evaluating")
+        return data.evaluate(model, progress=lambda done, total: progress.update(bar, completed=done, total=total))
 
 
 def trained_model(directory: str | Path, *, best: bool = False) -> tuple[int, Model]:
@@ -121,8 +152,11 @@ def trained_model(directory: str | Path, *, best: bool = False) -> tuple[int, Mo
         snapshots.close()
 
 
-def evaluate(target: str, overrides: Sequence[str] = (), *, best: bool = False) -> tuple[int, float]:
-    """(step, held-out loss in nats per token) of a run directory, or of a config's untrained model (step 0)."""
+def evaluate(target: str, overrides: Sequence[str] = (), *, best: bool = False) -> tuple[int, dict[str, float], str]:
+    """(step, numbers by name, a line to print) of a run directory, or of a config's untrained model (step 0).
+
+    For plain text the held-out loss in nats per token, for a task its metric on the evaluation examples.
+    """
     config = load_config(target, overrides)
     is_run = (Path(target).expanduser() / "config.json").is_file()
     if best and not is_run:
@@ -133,11 +167,15 @@ def evaluate(target: str, overrides: Sequence[str] = (), *, best: bool = False) 
         step, model = trained_model(target, best=best)
     else:
         step, model = 0, load(config.model, dtype=config.dtype or None)
-    text = load_text(model, config.data, tokens=config.tokens, batch=config.batch, held_out=config.held_out)
-    return step, mean_loss(jax.jit(model.loss_sum), model.params, HeldOut(text.held_out, config.batch))
+    data = prepare(config, model)
+    if data.evaluate is not None:
+        evaluation = _evaluated(data, model, Console(stderr=True))
+        return step, evaluation.metrics, str(evaluation)
+    loss = mean_loss(partial(forward, model.blocks), model.params, data.held_out)
+    return step, {"loss": loss}, f"held-out loss {loss:.4f} {data.unit}"
 
 
-def plot_losses(directory: str | Path) -> Path:
+def plot_losses(directory: str | Path, unit: str = "nats/token") -> Path:
     """Draws ``loss.png`` from a run's metrics.jsonl: the probes' loss, its running mean, and the held-out loss."""
     lines = read_metrics(directory)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -150,9 +188,9 @@ def plot_losses(directory: str | Path) -> Path:
     held = [(x["step"], x["eval/loss"]) for x in lines if x.get("eval/loss") is not None]
     if held:
         axes.plot(*zip(*held, strict=True), "o-", color="C3", markersize=3, label="held out")
-        axes.set_title(f"held-out loss {held[0][1]:.3f} to {held[-1][1]:.3f} nats per token")
+        axes.set_title(f"held-out loss {held[0][1]:.3f} to {held[-1][1]:.3f} {unit}")
     axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats per token")
+    axes.set_ylabel(f"loss, {unit}")
     axes.grid(alpha=0.3)
     axes.legend()
     path = Path(directory).expanduser() / "loss.png"
@@ -171,8 +209,8 @@ def _running_mean(values: tuple[float, ...]) -> list[float]:
     return means
 
 
-def _report(console: Console, step: int, loss: float) -> None:
-    console.print(f"step {step:6d}  held-out loss {loss:.4f} nats/token")
+def _report(console: Console, step: int, loss: float, unit: str) -> None:
+    console.print(f"step {step:6d}  held-out loss {loss:.4f} {unit}")
 
 
 @contextlib.contextmanager
@@ -209,7 +247,7 @@ class _Display:
             disable=not console.is_terminal,
         )
         self._task: TaskID = self._progress.add_task("train", total=config.steps, completed=done, numbers="")
-        self._tokens, self._total = config.batch * config.tokens, config.steps
+        self._total, self._tokens = config.steps, 0
         self._shown = (time.monotonic(), done)
 
     def __enter__(self) -> "_Display":
@@ -221,12 +259,13 @@ class _Display:
 
     def show(self, info: StepInfo) -> None:
         """Shows a step, unless another was shown less than 0.2 s ago."""
-        then, step = self._shown
+        then, _ = self._shown
         elapsed = time.monotonic() - then
+        self._tokens += info.tokens
         if self._progress.disable or (elapsed < 0.2 and info.step < self._total):
             return
         g = math.sqrt(float((info.projected_gradient**2).sum()))
-        rate = (info.step - step) * self._tokens / elapsed
+        rate, self._tokens = self._tokens / elapsed, 0
         numbers = f"loss {float(info.loss):.3f}  |g| {g:8.3g}  {rate:,.0f} tokens/s"
         self._progress.update(self._task, completed=info.step, numbers=numbers)
         self._shown = (time.monotonic(), info.step)

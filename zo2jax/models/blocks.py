@@ -1,21 +1,16 @@
 """A model is a list of blocks: named stages, each with its own parameters and a pure ``apply``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.typing import ArrayLike
 
-from zo2jax.models.layers import cross_entropy
+from zo2jax.models.layers import Batch, Cache
 
 Params = dict[str, Any]
-Batch = Mapping[str, jax.Array]
 
 
 @dataclass(frozen=True)
@@ -24,7 +19,8 @@ class Block:
 
     ``aliases`` maps a leaf of this block to the leaf of another block that it shares, both as dotted names:
     ``{"weight": "embed.weight"}`` on a tied head. The structure (a Flax graph definition) is hashable, so equal
-    blocks share one compiled program.
+    blocks share one compiled program. ``caches``: whether the stage looks back at earlier tokens, and can keep their
+    keys and values. ``objective(module, carry, batch)`` stands in for the stage itself, such as a loss of its result.
 
     >>> Block.define("norm", lambda rngs: nnx.LayerNorm(4, rngs=rngs)).shapes["scale"].shape
     (4,)
@@ -34,16 +30,27 @@ class Block:
     graphdef: Any
     shapes: Params = field(hash=False)
     aliases: dict[str, str] = field(default_factory=dict, hash=False)
+    caches: bool = False
+    objective: Callable[[Callable[..., Any], Any, Batch], Any] | None = None
 
     @classmethod
-    def define(cls, name: str, make: Any, aliases: dict[str, str] | None = None) -> "Block":
+    def define(
+        cls, name: str, make: Callable[[nnx.Rngs], nnx.Module], aliases: dict[str, str] | None = None, **options: Any
+    ) -> "Block":
         """A block from ``make(rngs) -> nnx.Module``; no array is made."""
         graphdef, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
-        return cls(name, graphdef, nnx.to_pure_dict(state), aliases or {})
+        return cls(name, graphdef, nnx.to_pure_dict(state), aliases or {}, **options)
 
     def apply(self, params: Params, carry: Any, batch: Batch) -> Any:
         """The stage's function: (its parameters with tied leaves filled in, carry, batch) -> carry."""
-        return nnx.merge(self.graphdef, params)(carry, batch)
+        module = nnx.merge(self.graphdef, params)
+        return module(carry, batch) if self.objective is None else self.objective(module, carry, batch)
+
+    def extend(self, params: Params, carry: Any, batch: Batch, cache: Cache | None) -> tuple[Any, Cache | None]:
+        """Like `apply`, for rows that go on where ``cache`` ends; see `zo2jax.models.layers.attend`."""
+        if cache is None:
+            return self.apply(params, carry, batch), None
+        return nnx.merge(self.graphdef, params)(carry, batch, cache)
 
 
 def get_leaf(params: Params, name: str) -> Any:
@@ -134,108 +141,48 @@ def run_blocks(blocks: Sequence[Block], params: Params, batch: Batch) -> Any:
     return carry
 
 
-_logits = partial(jax.jit, static_argnums=0)(run_blocks)
+class Kind:
+    """What equal blocks share: all but the name. Compared by identity, since hashing a Flax graph takes long.
+
+    >>> norm = Block.define("norm", lambda rngs: nnx.LayerNorm(4, rngs=rngs))
+    >>> kinds([norm, replace(norm, name="other")])[0] is kinds([norm])[0]
+    True
+    """
+
+    def __init__(self, block: Block):
+        """Keeps a block without a name."""
+        self.block = block
 
 
-@dataclass(frozen=True, eq=False)
-class Model:
-    """Blocks and their parameters, with the configuration and the tokenizer they came with.
+@lru_cache(maxsize=256)
+def _kind_of(nameless: Block) -> Kind:
+    return Kind(nameless)
 
-    ``params`` maps block names to nested dictionaries of arrays: matrices (n_out, n_in) in the model's dtype,
-    one-dimensional leaves in float32; tied matrices stand once. ``folder`` is where the model was loaded from.
+
+def kinds(blocks: Sequence[Block]) -> list[Kind]:
+    """The kind of each block, for programs that are compiled once a kind.
+
+    >>> kinds([])
+    []
+    """
+    return [_kind_of(replace(block, name="")) for block in blocks]
+
+
+@partial(jax.jit, static_argnums=0)
+def _forward(kind: Kind, leaves: Params, tied: Params, carry: Any, batch: Batch) -> Any:
+    return kind.block.apply(with_tied(leaves, tied), carry, batch)
+
+
+def forward(blocks: Sequence[Block], params: Params, batch: Batch) -> Any:
+    """Carries a batch through all blocks, without probes: the result of `run_blocks`, compiled block by block.
 
     >>> from zo2jax.models.llama import LlamaConfig
-    >>> config = LlamaConfig(vocabulary=8, size=8, hidden=8, layers=1, heads=2, kv_heads=1, head_size=4, context=16)
-    >>> config.init(jax.random.key(0)).logits(jnp.array([[1, 2, 3]])).shape
+    >>> config = LlamaConfig(vocabulary=8, size=8, hidden=8, layers=2, heads=2, kv_heads=1, head_size=4, context=16)
+    >>> model = config.init(jax.random.key(0))
+    >>> forward(model.blocks, model.params, {"ids": jax.numpy.array([[1, 2, 3]])}).shape
     (1, 3, 8)
     """
-
-    config: Any
-    blocks: tuple[Block, ...]
-    params: Params
-    folder: Path | None = None
-    tokenizer: Any = None
-
-    def replace(self, params: Params) -> "Model":
-        """The same model with other parameters."""
-        return replace(self, params=params)
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The dtype of the matrices."""
-        return next(leaf.dtype for leaf in jax.tree.leaves(self.params) if leaf.ndim >= 2)
-
-    @property
-    def parameter_count(self) -> int:
-        """How many parameters the model has, tied ones counted once."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
-
-    def check_tokens(self, length: int) -> None:
-        """Raises ValueError if rows of ``length`` tokens do not fit the model's context."""
-        if length > self.config.context:
-            raise ValueError(f"{length} tokens do not fit the model's context of {self.config.context}: shorten them")
-
-    def logits(self, ids: ArrayLike, lengths: ArrayLike | None = None) -> jax.Array:
-        """Next-token logits, float32 [batch, time, vocabulary], of int32 ids [batch, time].
-
-        ``lengths`` int32 [batch] counts the real tokens of right-padded rows; logits beyond them are
-        unspecified. Left-padded input is brought into this form by `zo2jax.realign(ids, attention_mask)`.
-        """
-        ids = jnp.asarray(ids, jnp.int32)
-        batch = {"ids": ids} if lengths is None else {"ids": ids, "lengths": jnp.asarray(lengths, jnp.int32)}
-        if ids.ndim != 2 or ("lengths" in batch and batch["lengths"].shape != ids.shape[:1]):
-            shapes = ", ".join(f"{name}{list(array.shape)}" for name, array in batch.items())
-            raise ValueError(f"{shapes}: expected ids[batch, time] and lengths[batch]")
-        self.check_tokens(ids.shape[1])
-        return _logits(self.blocks, self.params, batch)
-
-    def loss_sum(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """(sum of token losses in nats, number of tokens), float32: ids, targets [b, t]; weights [b, t] optional."""
-        return run_blocks(self.blocks, params, batch)
-
-    def loss(self, params: Params, batch: Batch) -> jax.Array:
-        """The mean loss in nats per token, float32 []; the loss function of `zo2jax.mezo`. See `loss_sum`."""
-        total, count = self.loss_sum(params, batch)
-        return total / jnp.where(count > 0, count, 1)
-
-    def generate(self, prompt: str, tokens: int) -> str:
-        """Greedy continuation of ``prompt`` by up to ``tokens`` tokens; stops at the end-of-text token.
-
-        Raises:
-            ValueError: without a tokenizer, for an empty prompt, or beyond the model's context.
-        """
-        if self.tokenizer is None:
-            raise ValueError(f"the model from {self.folder} has no tokenizer.json, which text generation needs")
-        ids = self.tokenizer.encode(prompt).ids
-        if not ids:
-            raise ValueError("the prompt is empty: give at least one token to continue")
-        start, room = len(ids), len(ids) + tokens
-        self.check_tokens(room)
-        padded = np.zeros((1, room), np.int32)
-        padded[0, :start] = ids
-        for position in range(start, room):
-            row = self.logits(padded, np.array([position], np.int32))[0, position - 1]
-            padded[0, position] = int(jnp.argmax(row))
-            if padded[0, position] in self.config.stop_ids:
-                room = position
-                break
-        return self.tokenizer.decode(padded[0, start:room].tolist())
-
-
-def head_result(logits: jax.Array, batch: Batch) -> Any:
-    """What a language-model head returns: logits, or (loss sum, count) if the batch has ``targets``.
-
-    Without ``weights`` every position below ``lengths`` (or every position) counts once.
-
-    >>> head_result(jnp.zeros((1, 2, 4)), {"ids": jnp.zeros((1, 2), int)}).shape
-    (1, 2, 4)
-    """
-    if "targets" not in batch:
-        return logits
-    targets = batch["targets"]
-    weights = batch.get("weights")
-    if weights is None:
-        weights = jnp.ones(targets.shape, jnp.float32)
-        if "lengths" in batch:
-            weights = (jnp.arange(targets.shape[1])[None, :] < batch["lengths"][:, None]).astype(jnp.float32)
-    return cross_entropy(logits, targets, weights)
+    carry = None
+    for block, kind in zip(blocks, kinds(blocks), strict=True):
+        carry = _forward(kind, params[block.name], tied_leaves(block, params), carry, batch)
+    return carry

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,23 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from flax import nnx
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer
 
-from zo2jax.models.blocks import Model, Params, get_leaf, owned_shapes, set_leaf
+from zo2jax.models.blocks import Params, get_leaf, owned_shapes, set_leaf
+from zo2jax.models.decoder import Decoder
+from zo2jax.models.gpt2 import Gpt2Config
+from zo2jax.models.heads import HeadKind
+from zo2jax.models.layers import Linear
 from zo2jax.models.llama import LlamaConfig
+from zo2jax.models.model import Model
+from zo2jax.models.opt import OptConfig
+from zo2jax.models.qwen3 import Qwen3Config
+from zo2jax.models.tokenizers import read_tokenizer
 
-CONFIGS: dict[str, Any] = {"llama": LlamaConfig}
+CONFIGS: dict[str, type[Decoder]] = {c.model_type: c for c in (LlamaConfig, Qwen3Config, OptConfig, Gpt2Config)}
 """Model families by the ``model_type`` of config.json."""
 
 _TOKENIZER_FILES = (
@@ -159,33 +169,55 @@ def open_tensors(folder: Path) -> Iterator[Tensors]:
         yield tensors
 
 
-def _ignored(name: str, tied: bool) -> bool:
-    """Tensors that files carry and models do not need: cached rotary frequencies, the copy of a tied head."""
-    return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
+_NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|h\.\d+\.attn\.(masked_)?bias$|decoder\.version$")
+"""Tensors that old files carry beside the weights: rotary frequencies, causal masks, a version number."""
+_PREFIXES = ("model.", "transformer.", "")
+_HEADS = ("lm_head.", "score.", "qa_outputs.")
 
 
-def read_params(config: Any, tensors: Tensors, dtype: Any) -> Params:
+def _find(name: str, tensors: Tensors) -> str | None:
+    """The tensor of this name, or of the same under another class's prefix: files of bare backbones have none."""
+    bare = next(name.removeprefix(p) for p in _PREFIXES if name.startswith(p))
+    return next((n for n in (name, *(p + bare for p in _PREFIXES)) if n in tensors), None)
+
+
+def _new_head(config: Decoder, dtype: Any) -> dict[str, jax.Array]:
+    """A head for a new purpose: its matrix from N(0, 0.02^2), its bias of zeros."""
+    outputs = config.head.outputs(config.vocabulary)
+    rngs = nnx.Rngs(params=jax.random.key(0))
+    matrix = Linear(config.head_size_in, outputs, bias=config.head.bias, dtype=dtype, rngs=rngs)
+    made = {"head.weight": matrix.weight[...]}
+    return made if matrix.bias is None else made | {"head.bias": matrix.bias[...]}
+
+
+def read_params(config: Decoder, tensors: Tensors, dtype: Any, *, new_head: bool = False) -> Params:
     """The parameters of a model, leaf by leaf; ``dtype`` None keeps each matrix as it is in the file.
 
-    One-dimensional leaves become float32.
+    One-dimensional leaves become float32. With ``new_head`` a head that the file lacks is made.
 
     Raises:
         ValueError: naming every missing, unexpected and misshapen tensor at once.
     """
     shapes = owned_shapes(config.blocks())
-    names = config.hub_names()
-    missing = [theirs for theirs in names.values() if theirs not in tensors]
-    unexpected = [n for n in tensors if n not in set(names.values()) and not _ignored(n, config.tied)]
+    found = {ours: (theirs, _find(theirs, tensors)) for ours, theirs in config.hub_names().items()}
+    made: dict[str, jax.Array] = {}
+    if new_head and not config.shares_matrix and found["head.weight"][1] is None:
+        made = _new_head(config, dtype or jnp.float32)
+    missing = [theirs for ours, (theirs, name) in found.items() if name is None and ours not in made]
+    used = {name for _, name in found.values()}
+    other_heads = _HEADS if new_head else ("lm_head.",) * (config.shares_matrix or config.head.hub != "lm_head")
+    unexpected = [n for n in tensors if n not in used and not _NOT_WEIGHTS.search(n) and not n.startswith(other_heads)]
     params: Params = {block: {} for block in shapes}
     wrong = []
-    for ours, theirs in names.items():
-        if theirs not in tensors:
+    for ours, (theirs, name) in found.items():
+        if name is None and ours not in made:
             continue
         try:
-            array = tensors[theirs]()
+            array = made[ours] if name is None else tensors[name]()
         except (SafetensorError, AttributeError, TypeError) as error:  # a dtype that NumPy lacks, such as float8
             wrong.append(f"{theirs} cannot be read ({error})")
             continue
+        array = array.T if array.ndim == 2 and config.transposed(ours) else array
         expected = get_leaf(shapes, ours).shape
         if array.shape != expected:
             wrong.append(f"{theirs} is {list(array.shape)}, expected {list(expected)}")
@@ -203,13 +235,16 @@ def read_params(config: Any, tensors: Tensors, dtype: Any) -> Params:
     return params
 
 
-def load(source: str | Path, *, dtype: Any = None) -> Model:
-    """Loads a model from a Hugging Face folder (or hub id): config.json, weights, tokenizer.json if it is there.
+def load(source: str | Path, *, dtype: Any = None, head: HeadKind | None = None) -> Model:
+    """Loads a model from a Hugging Face folder (or hub id): config.json, weights, tokenizer if it is there.
 
     Args:
         source: a local folder, or "org/name" where the hub can be reached.
         dtype: of the matrices: "float32", "bfloat16" or "float16"; None keeps the file's. One-dimensional leaves
             (norms, biases) are always float32.
+        head: what the model is for, where that is not what config.json says; for example
+            ``zo.Classification(("negative", "positive"))``. What the file lacks of such a head is made: its matrix
+            from N(0, 0.02^2).
 
     Raises:
         FileNotFoundError: naming what is not there.
@@ -220,29 +255,26 @@ def load(source: str | Path, *, dtype: Any = None) -> Model:
     dtype('float32')
     """
     folder = resolve(source)
-    config, _ = read_config(folder)
+    config, raw = read_config(folder)
+    config = config if head is None else replace(config, head=head)
     dtype = None if dtype is None else jnp.dtype(dtype)
     if dtype not in (None, jnp.float32, jnp.bfloat16, jnp.float16):
         raise ValueError(f"dtype is {dtype}, expected float32, bfloat16 or float16")
     try:
         with open_tensors(folder) as tensors:
-            params = read_params(config, tensors, dtype)
+            params = read_params(config, tensors, dtype, new_head=head is not None)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-    tokenizer = None
-    if (folder / "tokenizer.json").is_file():
-        try:
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            tokenizer.no_truncation()  # which tokenizer.json may ask for, and which would drop text silently
-            tokenizer.no_padding()
-        except Exception as error:  # tokenizers raises plain Exception
-            raise ValueError(f"{folder / 'tokenizer.json'} does not parse ({error})") from error
     matrix_dtype = next(leaf.dtype for leaf in jax.tree.leaves(params) if leaf.ndim >= 2)
-    return Model(config, config.blocks(matrix_dtype), params, folder, tokenizer)
+    return Model(config, config.blocks(matrix_dtype), params, folder, read_tokenizer(folder, raw["model_type"]))
 
 
 def _write(model: Model, folder: Path) -> None:
-    names = {theirs: get_leaf(model.params, ours) for ours, theirs in model.config.hub_names().items()}
+    leaves = {ours: get_leaf(model.params, ours) for ours in model.config.hub_names()}
+    names = {
+        theirs: leaves[ours].T if leaves[ours].ndim == 2 and model.config.transposed(ours) else leaves[ours]
+        for ours, theirs in model.config.hub_names().items()
+    }
     split = split_state_dict_into_shards_factory(
         names,
         get_storage_size=lambda leaf: leaf.nbytes,
@@ -251,14 +283,16 @@ def _write(model: Model, folder: Path) -> None:
     )
     os.umask(mask := os.umask(0))
     for file, members in split.filename_to_tensors.items():
-        save_file({n: np.asarray(names[n]) for n in members}, folder / file, metadata={"format": "pt"})
+        save_file({n: np.ascontiguousarray(names[n]) for n in members}, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(0o666 & ~mask)  # safetensors makes files that only their owner may read
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     raw = model.config.to_hub()
     if model.folder is not None and (model.folder / "config.json").is_file():
-        raw = json.loads((model.folder / "config.json").read_text())  # keeps what only other readers need
+        known, read = read_config(model.folder)
+        about_head = {"architectures", "id2label", "label2id"} if known.head != model.config.head else set()
+        raw = read | {name: raw[name] for name in raw.keys() & about_head}  # keeps what only other readers need
     raw.pop("dtype", None)
     raw["torch_dtype"] = str(model.dtype)  # the name that transformers 4 and 5 both read
     (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n")

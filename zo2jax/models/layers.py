@@ -1,9 +1,14 @@
 """Layers shared by the models. Matrices are kept (n_out, n_in), as in Hugging Face files, and used as x W^T."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+
+Batch = Mapping[str, jax.Array]
+Cache = dict[str, jax.Array]
 
 
 def linear(
@@ -52,6 +57,21 @@ class Linear(nnx.Module):
         return linear(x.astype(compute_dtype(weight.dtype)), weight, bias, dtype=dtype)
 
 
+class Embed(nnx.Module):
+    """Token embedding: the rows of ``weight`` [vocabulary, size]."""
+
+    def __init__(self, vocabulary: int, size: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        """Draws from N(0, 0.02^2)."""
+        self.weight = Linear(size, vocabulary, bias=False, dtype=dtype, rngs=rngs).weight
+
+    def __call__(self, carry: None, batch: Batch) -> jax.Array:
+        """Ids [b, t] -> float32 [b, t, size]: the residual stream, which 16-bit matrices read and add to.
+
+        In 16 bits its rounding would drown the difference of two losses.
+        """
+        return self.weight[...][batch["ids"]].astype(jnp.float32)
+
+
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * weight, in float32 (Zhang and Sennrich, arXiv 1910.07467, equation 4)."""
 
@@ -67,17 +87,48 @@ class RMSNorm(nnx.Module):
         return (x32 * scale * self.weight[...]).astype(x.dtype)
 
 
+class LayerNorm(nnx.Module):
+    """(x - mean) / sqrt(variance + eps) * weight + bias, in float32 (arXiv 1607.06450, equation 4)."""
+
+    def __init__(self, size: int, eps: float = 1e-5, *, affine: bool = True):
+        """A weight of ones and a bias of zeros, float32 [size]; neither if not ``affine``."""
+        self.weight = nnx.Param(jnp.ones(size, jnp.float32)) if affine else None
+        self.bias = nnx.Param(jnp.zeros(size, jnp.float32)) if affine else None
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """X [..., size] -> the same shape and dtype."""
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        y = centred * lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
+        if self.weight is not None and self.bias is not None:
+            y = y * self.weight[...] + self.bias[...]
+        return y.astype(x.dtype)
+
+
+def positions_of(batch: Batch) -> jax.Array:
+    """The position of every token of ``ids`` [b, t] in its row: int32 [b, t], or [1, t] if all rows begin at 0.
+
+    Rows that go on where a cache ends say so by ``start`` int32 [b], the position of their first token.
+
+    >>> positions_of({"ids": jnp.zeros((2, 3)), "start": jnp.array([0, 5])}).tolist()
+    [[0, 1, 2], [5, 6, 7]]
+    """
+    offsets = jnp.arange(batch["ids"].shape[1], dtype=jnp.int32)[None, :]
+    return batch["start"][:, None] + offsets if "start" in batch else offsets
+
+
 def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Array:
     """Rotary position embedding (RoFormer, arXiv 2104.09864, equation 34), halves paired as in Hugging Face.
 
-    x [batch, time, heads, size], positions [time], frequencies float32 [size / 2] in radians per position.
+    x [batch, time, heads, size], positions [batch or 1, time], frequencies float32 [size / 2] in radians a position.
 
     >>> x = jnp.ones((1, 2, 1, 4))
-    >>> bool((rotate(x, jnp.arange(2), jnp.ones(2))[0, 0] == x[0, 0]).all())
+    >>> bool((rotate(x, jnp.arange(2)[None], jnp.ones(2))[0, 0] == x[0, 0]).all())
     True
     """
-    angle = positions.astype(jnp.float32)[:, None] * frequencies
-    cos, sin = jnp.cos(angle)[None, :, None, :], jnp.sin(angle)[None, :, None, :]
+    angle = positions.astype(jnp.float32)[:, :, None] * frequencies
+    cos, sin = jnp.cos(angle)[:, :, None, :], jnp.sin(angle)[:, :, None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
@@ -136,6 +187,33 @@ def attention(
         ).astype(dtype)
 
 
+def attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, batch: Batch, cache: Cache | None
+) -> tuple[jax.Array, Cache | None]:
+    """Causal attention of new tokens to themselves and to those in a cache: (result, the cache with the new tokens).
+
+    ``cache`` None: none is kept. Empty: rows begin here, and what comes back holds their keys and values. Otherwise
+    ``k`` and ``v`` [b, capacity, kv_heads, size]: the new tokens are written at positions ``start`` and on.
+
+    >>> q = jnp.ones((1, 3, 2, 8))
+    >>> attend(q, q, q, {"ids": jnp.zeros((1, 3))}, {})[1]["k"].shape
+    (1, 3, 2, 8)
+    """
+    if not cache:
+        new = None if cache is None else {"k": key, "v": value}
+        return attention(query, key, value, batch.get("lengths")), new
+    at = positions_of(batch)
+    rows = jnp.arange(len(query))[:, None]
+    cache = {"k": cache["k"].at[rows, at].set(key), "v": cache["v"].at[rows, at].set(value)}
+    known = jnp.arange(cache["k"].shape[1], dtype=jnp.int32) <= at[:, None, :, None]
+    dtype = compute_dtype(query.dtype)
+    with jax.default_matmul_precision("highest"), jax.numpy_dtype_promotion("standard"):
+        mixed = jax.nn.dot_product_attention(
+            query.astype(dtype), cache["k"].astype(dtype), cache["v"].astype(dtype), mask=known, implementation="xla"
+        )
+    return mixed.astype(query.dtype), cache
+
+
 def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(sum of weighted losses in nats, sum of weights): logits float32 [..., vocabulary], targets int32 [...].
 
@@ -145,10 +223,18 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> 
     >>> round(float(total / count), 4)
     1.3863
     """
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    losses = jax.nn.logsumexp(logits, axis=-1) - picked
-    weights = weights.astype(jnp.float32)
+    losses, weights = token_losses(logits, targets), weights.astype(jnp.float32)
     return jnp.sum(jnp.where(weights != 0, losses * weights, 0.0)), jnp.sum(weights)
+
+
+def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """-log softmax(logits)[target], in nats: logits float32 [..., n], targets int32 [...] -> float32 [...].
+
+    >>> round(float(token_losses(jnp.zeros((1, 4)), jnp.array([3]))[0]), 4)
+    1.3863
+    """
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
 def realign(ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:

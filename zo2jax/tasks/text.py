@@ -69,6 +69,22 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.argsort(words, kind="stable")
 
 
+def shuffled(index: int, *, batch: int, steps: int, seed: int, count: int) -> list[int]:
+    """Which of ``count`` rows batch ``index`` of ``steps`` holds: every epoch is a new permutation of all rows.
+
+    Raises:
+        IndexError: for an index beyond the steps.
+
+    >>> shuffled(0, batch=2, steps=4, seed=0, count=4), shuffled(1, batch=2, steps=4, seed=0, count=4)
+    ([0, 2], [1, 3])
+    """
+    if not -steps <= index < steps:
+        raise IndexError(f"batch {index} of {steps}")
+    start = index % steps * batch
+    places = (divmod(place, count) for place in range(start, start + batch))
+    return [int(_permutation(seed, epoch, count)[i]) for epoch, i in places]
+
+
 @dataclass(frozen=True, eq=False)
 class TextBatches(Sequence[Batch]):
     """``steps`` training batches of packed rows in a fixed order: every epoch is a new permutation of all rows.
@@ -94,13 +110,8 @@ class TextBatches(Sequence[Batch]):
         """Batch ``index``."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        if index < 0:
-            index += self.steps
-        if not 0 <= index < self.steps:
-            raise IndexError(f"batch {index} of {self.steps}")
-        count = len(self.rows)
-        at = [divmod(index * self.batch + j, count) for j in range(self.batch)]
-        return _as_batch(self.rows[[_permutation(self.seed, epoch, count)[i] for epoch, i in at]])
+        rows = shuffled(index, batch=self.batch, steps=self.steps, seed=self.seed, count=len(self.rows))
+        return _as_batch(self.rows[rows])
 
 
 @dataclass(frozen=True, eq=False)

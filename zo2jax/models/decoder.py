@@ -1,0 +1,184 @@
+"""What the configurations of all decoders share: their blocks, random weights, and names in Hugging Face files."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from zo2jax.models.blocks import Block
+from zo2jax.models.heads import CausalLM, Classification, Head, HeadKind, QuestionAnswering
+from zo2jax.models.layers import Linear
+from zo2jax.models.model import Model
+
+_LANGUAGE_MODEL = CausalLM()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder(ABC):
+    """The shape of a decoder: embed, layers.0 .. layers.L-1, head. A family derives from it and says how each is made.
+
+    >>> from zo2jax.models.llama import LlamaConfig
+    >>> config = LlamaConfig(vocabulary=8, size=8, hidden=8, layers=1, heads=2, kv_heads=1, head_size=4, context=16)
+    >>> [block.name for block in config.blocks()]
+    ['embed', 'layers.0', 'head']
+    """
+
+    vocabulary: int
+    size: int
+    """Width of the residual stream."""
+    hidden: int
+    """Width of the MLP."""
+    layers: int
+    heads: int
+    context: int
+    tied: bool = False
+    """Whether a language model's head is the embedding's matrix."""
+    bos_id: int | None = None
+    pad_id: int | None = None
+    stop_ids: tuple[int, ...] = ()
+    prompt_bos: int | None = None
+    """The token that tasks put before each prompt; None for what the tokenizer puts there."""
+    head: HeadKind = _LANGUAGE_MODEL
+
+    model_type: ClassVar[str]
+    architecture: ClassVar[str]
+    """How Hugging Face's class names begin."""
+
+    @classmethod
+    @abstractmethod
+    def from_hub(cls, hub: dict[str, Any]) -> "Decoder":
+        """Reads a Hugging Face config.json (of transformers 4 or 5); ValueError for what is not computed here."""
+
+    @abstractmethod
+    def to_hub(self) -> dict[str, Any]:
+        """The config.json of Hugging Face."""
+
+    @abstractmethod
+    def make_embed(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+        """The first block: (None, batch) -> float32 [b, t, size]."""
+
+    @abstractmethod
+    def make_layer(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+        """One layer: (x, batch, cache) -> x, or (x, cache) with a cache."""
+
+    @abstractmethod
+    def make_finish(self, dtype: Any, rngs: nnx.Rngs) -> tuple[nnx.Module | None, Linear | None]:
+        """What stands before the head's matrix: (final norm, projection)."""
+
+    @abstractmethod
+    def backbone_names(self) -> dict[str, str]:
+        """Our names -> Hugging Face's, for all leaves but the head's matrix."""
+
+    @property
+    def head_size_in(self) -> int:
+        """Columns of the head's matrix."""
+        return self.size
+
+    def transposed(self, name: str) -> bool:
+        """Whether Hugging Face keeps the matrix of this name (n_in, n_out)."""
+        return False
+
+    def make_head(self, dtype: Any, rngs: nnx.Rngs) -> Head:
+        """The last block: (x, batch) -> logits, or (loss sum, count)."""
+        outputs = self.head.outputs(self.vocabulary)
+        norm, project = self.make_finish(dtype, rngs)
+        matrix = Linear(self.head_size_in, outputs, bias=self.head.bias, dtype=dtype, rngs=rngs)
+        return self.head.module(norm, project, matrix)
+
+    @property
+    def shares_matrix(self) -> bool:
+        """Whether the head's matrix is the embedding's."""
+        return self.tied and isinstance(self.head, CausalLM)
+
+    def blocks(self, dtype: Any = jnp.float32) -> tuple[Block, ...]:
+        """The model's blocks, with matrices of ``dtype``; no array is made."""
+        dtype = jnp.dtype(dtype)
+        layer = Block.define("layers.0", partial(self.make_layer, dtype), caches=True)
+        tied = {"weight": "embed.weight"} if self.shares_matrix else {}
+        return (
+            Block.define("embed", partial(self.make_embed, dtype)),
+            *(replace(layer, name=f"layers.{i}") for i in range(self.layers)),
+            Block.define("head", partial(self.make_head, dtype), tied),
+        )
+
+    def init(self, key: jax.Array, dtype: Any = jnp.float32) -> Model:
+        """A model with random weights: matrices from N(0, 0.02^2), norms of ones, biases of zeros."""
+        dtype, keys = jnp.dtype(dtype), jax.random.split(key, self.layers + 2)
+
+        @partial(jax.jit, static_argnums=0)
+        def make(part: Any, key: jax.Array) -> Any:
+            return nnx.to_pure_dict(nnx.state(part(dtype, nnx.Rngs(params=key))))
+
+        params = {"embed": make(self.make_embed, keys[0]), "head": make(self.make_head, keys[1])}
+        params |= {f"layers.{i}": make(self.make_layer, keys[i + 2]) for i in range(self.layers)}
+        if self.shares_matrix:
+            del params["head"]["weight"]
+        return Model(self, self.blocks(dtype), params)
+
+    def hub_names(self) -> dict[str, str]:
+        """Names of the leaves in this library -> names of the tensors in a Hugging Face file."""
+        names = self.backbone_names()
+        if not self.shares_matrix:
+            names |= {f"head.{leaf}": f"{self.head.hub}.{leaf}" for leaf in ("weight", "bias")[: 1 + self.head.bias]}
+        return names
+
+
+def read_hub(hub: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """Fields of a `Decoder` from a config.json: integers that it must have, and what all families have in common.
+
+    Args:
+        hub: the parsed config.json.
+        names: field of the configuration -> key of config.json.
+
+    Raises:
+        ValueError: naming the missing keys, or the values that are no integers.
+
+    >>> read_hub({"n_embd": 8, "eos_token_id": 3}, {"size": "n_embd"})["stop_ids"]
+    (3,)
+    """
+    if missing := [key for key in names.values() if key not in hub]:
+        raise ValueError(f"config.json lacks {', '.join(missing)}, which a {hub.get('model_type', 'model')} needs")
+    if wrong := [f"{key}={hub[key]!r}" for key in names.values() if not isinstance(hub[key], int)]:
+        raise ValueError(f"expected integers, found {', '.join(wrong)}")
+    stop = hub.get("eos_token_id")
+    return {field: hub[key] for field, key in names.items()} | {
+        "bos_id": hub.get("bos_token_id"),
+        "pad_id": hub.get("pad_token_id"),
+        "stop_ids": tuple(stop) if isinstance(stop, list) else () if stop is None else (stop,),
+        "head": _read_head(hub),
+    }
+
+
+def _read_head(hub: dict[str, Any]) -> HeadKind:
+    architecture = (hub.get("architectures") or [""])[0]
+    if architecture.endswith(Classification.suffix):
+        names = hub.get("id2label") or {i: f"LABEL_{i}" for i in range(hub.get("num_labels", 2))}
+        return Classification(tuple(str(names[i]) for i in sorted(names, key=int)))
+    return QuestionAnswering() if architecture.endswith(QuestionAnswering.suffix) else CausalLM()
+
+
+def write_hub(config: Decoder) -> dict[str, Any]:
+    """The part of config.json that all families have in common.
+
+    >>> from zo2jax.models.llama import LlamaConfig
+    >>> config = LlamaConfig(vocabulary=8, size=8, hidden=8, layers=1, heads=2, kv_heads=1, head_size=4, context=16)
+    >>> write_hub(config)["architectures"]
+    ['LlamaForCausalLM']
+    """
+    hub: dict[str, Any] = {
+        "architectures": [config.architecture + config.head.suffix],
+        "model_type": config.model_type,
+        "vocab_size": config.vocabulary,
+        "tie_word_embeddings": config.tied,
+        "bos_token_id": config.bos_id,
+        "eos_token_id": list(config.stop_ids) if len(config.stop_ids) > 1 else (config.stop_ids or (None,))[0],
+        "pad_token_id": config.pad_id,
+    }
+    if isinstance(config.head, Classification):
+        hub["id2label"] = dict(enumerate(config.head.labels))
+        hub["label2id"] = {label: i for i, label in enumerate(config.head.labels)}
+    return hub

@@ -1,0 +1,176 @@
+"""OPT (arXiv 2205.01068): learned positions, LayerNorm before (the 350m: after) attention and MLP, ReLU."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+from flax import nnx
+
+from zo2jax.models.decoder import Decoder, read_hub, write_hub
+from zo2jax.models.layers import Batch, Cache, LayerNorm, Linear, attend, positions_of
+from zo2jax.models.layers import Embed as TokenEmbed
+
+_OFFSET = 2
+"""Rows of the position embedding before the first position, never used."""
+_MEZO_BOS = 0
+"""<s>, which MeZO's runner puts before prompts (OPT's own tokenizer puts </s>, 2)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptConfig(Decoder):
+    """The shape of an OPT, 125m to 175B; the names in config.json are those that `from_hub` reads.
+
+    >>> OptConfig(vocabulary=8, size=8, hidden=32, layers=1, heads=2, context=16, token_size=8).pre_norm
+    True
+    """
+
+    token_size: int
+    """Width of the token embedding and of the head's input; the 350m projects from and to it."""
+    tied: bool = True
+    biases: bool = True
+    affine: bool = True
+    """Whether the norms have weights."""
+    pre_norm: bool = True
+    final_norm: bool = True
+    prompt_bos: int | None = _MEZO_BOS
+
+    model_type: ClassVar[str] = "opt"
+    architecture: ClassVar[str] = "OPT"
+
+    @classmethod
+    def from_hub(cls, hub: dict[str, Any]) -> "OptConfig":
+        """Reads a Hugging Face config.json (of transformers 4 or 5).
+
+        Raises:
+            ValueError: naming the missing keys, or a value that this implementation does not compute.
+        """
+        names = {"vocabulary": "vocab_size", "size": "hidden_size", "hidden": "ffn_dim"}
+        names |= {"layers": "num_hidden_layers", "heads": "num_attention_heads", "context": "max_position_embeddings"}
+        common = read_hub(hub, names)
+        if hub.get("activation_function", "relu") != "relu":
+            raise ValueError(f"activation_function is {hub['activation_function']!r}, expected 'relu'")
+        pre_norm = hub.get("do_layer_norm_before", True)
+        return cls(
+            **common,
+            token_size=hub.get("word_embed_proj_dim") or common["size"],
+            tied=hub.get("tie_word_embeddings", True),
+            biases=hub.get("enable_bias", True),
+            affine=hub.get("layer_norm_elementwise_affine", True),
+            pre_norm=pre_norm,
+            final_norm=pre_norm and not hub.get("_remove_final_layer_norm", False),
+        )
+
+    def to_hub(self) -> dict[str, Any]:
+        """The config.json of Hugging Face."""
+        return write_hub(self) | {
+            "hidden_size": self.size,
+            "ffn_dim": self.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "max_position_embeddings": self.context,
+            "word_embed_proj_dim": self.token_size,
+            "activation_function": "relu",
+            "enable_bias": self.biases,
+            "layer_norm_elementwise_affine": self.affine,
+            "do_layer_norm_before": self.pre_norm,
+            "_remove_final_layer_norm": self.pre_norm and not self.final_norm,
+        }
+
+    @property
+    def head_size_in(self) -> int:
+        """Columns of the head's matrix."""
+        return self.token_size
+
+    @property
+    def _projects(self) -> bool:
+        return self.token_size != self.size
+
+    def make_embed(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+        """Token and position embedding."""
+        return Embed(self, dtype, rngs)
+
+    def make_layer(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+        """Attention and MLP."""
+        return Layer(self, dtype, rngs)
+
+    def make_finish(self, dtype: Any, rngs: nnx.Rngs) -> tuple[nnx.Module | None, Linear | None]:
+        """The final norm (all but the 350m), the projection to the tokens' width (the 350m)."""
+        project = Linear(self.size, self.token_size, bias=False, dtype=dtype, rngs=rngs) if self._projects else None
+        return LayerNorm(self.size, affine=self.affine) if self.final_norm else None, project
+
+    def backbone_names(self) -> dict[str, str]:
+        """Our names -> Hugging Face's, for all leaves but the head's matrix."""
+        base = "model.decoder"
+        names = {"embed.weight": f"{base}.embed_tokens.weight", "embed.positions": f"{base}.embed_positions.weight"}
+        if self._projects:
+            names["embed.project.weight"] = f"{base}.project_in.weight"
+            names["head.project.weight"] = f"{base}.project_out.weight"
+        norms = {"head.norm": f"{base}.final_layer_norm"} if self.final_norm else {}
+        for i in range(self.layers):
+            ours, theirs = f"layers.{i}", f"{base}.layers.{i}"
+            norms |= {
+                f"{ours}.attn_norm": f"{theirs}.self_attn_layer_norm",
+                f"{ours}.norm": f"{theirs}.final_layer_norm",
+            }
+            parts = {f"attn.{p}": f"self_attn.{p}_proj" for p in ("q", "k", "v", "out")} | {"fc1": "fc1", "fc2": "fc2"}
+            for part, their_part in parts.items():
+                for kind in ("weight", "bias") if self.biases else ("weight",):
+                    names[f"{ours}.{part}.{kind}"] = f"{theirs}.{their_part}.{kind}"
+        for ours, theirs in norms.items() if self.affine else ():
+            names |= {f"{ours}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias")}
+        return names
+
+
+class Embed(nnx.Module):
+    """``weight`` [vocabulary, token_size], projected to the model's width if needed, plus ``positions``."""
+
+    def __init__(self, config: OptConfig, dtype: Any, rngs: nnx.Rngs):
+        """Draws from N(0, 0.02^2)."""
+        make = partial(Linear, bias=False, dtype=dtype, rngs=rngs)
+        self.weight = TokenEmbed(config.vocabulary, config.token_size, dtype, rngs).weight
+        self.positions = make(config.size, config.context + _OFFSET).weight
+        self.project = make(config.token_size, config.size) if config.token_size != config.size else None
+
+    def __call__(self, carry: None, batch: Batch) -> jax.Array:
+        """Ids [b, t] -> float32 [b, t, size]."""
+        x = self.weight[...][batch["ids"]].astype("float32")
+        x = x if self.project is None else self.project(x, dtype=x.dtype)
+        return x + self.positions[...][positions_of(batch) + _OFFSET].astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal self-attention."""
+
+    def __init__(self, config: OptConfig, dtype: Any, rngs: nnx.Rngs):
+        """Q, k, v, out."""
+        self.heads = config.heads
+        make = partial(Linear, config.size, config.size, bias=config.biases, dtype=dtype, rngs=rngs)
+        self.q, self.k, self.v, self.out = make(), make(), make(), make()
+
+    def __call__(self, x: jax.Array, batch: Batch, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+        """X [b, t, size] -> (the same, the cache)."""
+        q, k, v = (part(x).reshape(*x.shape[:2], self.heads, -1) for part in (self.q, self.k, self.v))
+        mixed, cache = attend(q, k, v, batch, cache)
+        return self.out(mixed.reshape(x.shape), dtype=x.dtype), cache
+
+
+class Layer(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); the 350m: norm(x + attention(x)), norm(x + mlp(x))."""
+
+    def __init__(self, config: OptConfig, dtype: Any, rngs: nnx.Rngs):
+        """Two norms, attention, two matrices."""
+        self.pre_norm = config.pre_norm
+        self.attn_norm, self.norm = (LayerNorm(config.size, affine=config.affine) for _ in range(2))
+        self.attn = Attention(config, dtype, rngs)
+        make = partial(Linear, bias=config.biases, dtype=dtype, rngs=rngs)
+        self.fc1, self.fc2 = make(config.size, config.hidden), make(config.hidden, config.size)
+
+    def __call__(self, x: jax.Array, batch: Batch, cache: Cache | None = None) -> Any:
+        """X [b, t, size] -> the same; with a cache, (the same, the cache)."""
+        mixed, kept = self.attn(self.attn_norm(x) if self.pre_norm else x, batch, cache)
+        x = x + mixed if self.pre_norm else self.attn_norm(x + mixed)
+        h = self.fc1(self.norm(x) if self.pre_norm else x)
+        y = x + self.fc2(jax.nn.relu(h), dtype=x.dtype)
+        y = y if self.pre_norm else self.norm(y)
+        return y if cache is None else (y, kept)
