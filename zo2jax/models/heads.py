@@ -70,15 +70,18 @@ class SpanHead(Head):
     def __call__(self, x: jax.Array, batch: Batch) -> Any:
         """Logits [b, t, 2], or (loss sum, count) with ``starts`` and ``ends`` int32 [b]: the mean of both losses.
 
-        Padding is no answer: positions at or beyond ``lengths`` are left out of the softmax.
+        Padding is no answer: positions at or beyond ``lengths`` are left out of the softmax, and examples whose answer
+        does not lie within the row count 0.
         """
         logits = self.outputs(x)
         if "starts" not in batch:
             return logits
-        if "lengths" in batch:
-            real = jnp.arange(x.shape[1])[None, :] < batch["lengths"][:, None]
-            logits = jnp.where(real[:, :, None], logits, -jnp.inf)
-        (first, count), (last, _) = (_labelled(logits[:, :, i], batch[k]) for i, k in enumerate(("starts", "ends")))
+        lengths = batch["lengths"] if "lengths" in batch else jnp.full(len(x), x.shape[1])
+        real = jnp.arange(x.shape[1])[None, :] < lengths[:, None]
+        logits = jnp.where(real[:, :, None], logits, -jnp.inf)
+        ends = jnp.stack([batch["starts"], batch["ends"]])
+        ends = jnp.where(((ends >= 0) & (ends < lengths)).all(axis=0), ends, -1)
+        (first, count), (last, _) = (_labelled(logits[:, :, i], ends[i]) for i in range(2))
         return 0.5 * (first + last), count
 
 

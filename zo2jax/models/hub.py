@@ -292,7 +292,8 @@ def _write(model: Model, folder: Path) -> None:
     if model.folder is not None and (model.folder / "config.json").is_file():
         known, read = read_config(model.folder)
         about_head = {"architectures", "id2label", "label2id"} if known.head != model.config.head else set()
-        raw = read | {name: raw[name] for name in raw.keys() & about_head}  # keeps what only other readers need
+        kept = {name: value for name, value in read.items() if name not in about_head}
+        raw = kept | {name: raw[name] for name in raw.keys() & about_head}  # keeps what only other readers need
     raw.pop("dtype", None)
     raw["torch_dtype"] = str(model.dtype)  # the name that transformers 4 and 5 both read
     (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n")

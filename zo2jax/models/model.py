@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from zo2jax.models.blocks import Block, Params, forward, run_blocks
 from zo2jax.models.generation import Choose, Visit, continuations, greedy, visits
-from zo2jax.models.heads import LanguageModelHead, PerExample
+from zo2jax.models.heads import Classification, LanguageModelHead, PerExample, QuestionAnswering
 from zo2jax.models.layers import Batch
 
 _LOOK_BACK = 8
@@ -107,7 +107,7 @@ class Model:
         prompts: str | Sequence[str] | Sequence[Sequence[int]],
         tokens: int,
         *,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         choose: Choose = greedy,
         cache: bool = True,
     ) -> Any:
@@ -118,7 +118,7 @@ class Model:
         False computes the same without keeping keys and values.
 
         Raises:
-            ValueError: without a tokenizer, for an empty prompt, or beyond the model's context.
+            ValueError: without a tokenizer or a language model's head, for an empty prompt, or beyond the context.
         """
         if self.tokenizer is None:
             raise ValueError(f"the model from {self.folder} has no tokenizer, which texts need")
@@ -135,7 +135,7 @@ def generate_texts(
     rows: Sequence[Sequence[int]],
     tokens: int,
     *,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     **options: Any,
 ) -> list[str]:
     """Texts that continue rows of token ids, by any kind of visit; see `Model.generate`.
@@ -146,6 +146,9 @@ def generate_texts(
     >>> len(generate_texts(model, visits(model.blocks, model.params), [[5, 6], [7]], 3))
     2
     """
+    if isinstance(head := getattr(model.config, "head", None), Classification | QuestionAnswering):
+        raise ValueError(f"a model with the head {head} writes no text: expected a language model")
+    stop = (stop,) if isinstance(stop, str) else stop
     if not rows or not all(rows):
         raise ValueError("a prompt is empty: give at least one token to continue")
     lengths = np.array([len(row) for row in rows], np.int32)
