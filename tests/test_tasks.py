@@ -167,16 +167,19 @@ def test_splits_that_are_not_clear_are_refused(case, tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """In place of `datasets`: two data sets, one with a configuration."""
+    """In place of `datasets`: data sets with and without a configuration, and one that is made by a script."""
     splits = {
         ("glue", "mnli"): ("train", "validation_matched", "validation_mismatched", "test"),
         ("user/data",): ("train", "validation", "test"),
         ("bare",): ("train", "test"),
+        ("old", "rte"): ("train", "validation"),
     }
 
-    def load_dataset(*parts):
+    def load_dataset(*parts, revision="main"):
         if parts not in splits:
             raise RuntimeError("offline")
+        if parts[0] == "old" and revision != "refs/convert/parquet":
+            raise RuntimeError("Dataset scripts are no longer supported, but found old.py")
         return {name: [{"from": name, "n": n} for n in range(2)] for name in splits[parts]}
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
@@ -196,6 +199,7 @@ def test_the_hub_is_read(hub, tmp_path):
         ("hub:glue:mnli", "", "validation_matched"),
         ("hub:glue:mnli", "validation_mismatched", "validation_mismatched"),
         ("hub:bare", "", "test"),
+        ("hub:old:rte", "", "validation"),
         ("hub:bare", "hub:user/data:validation", "validation"),
     ],
 )

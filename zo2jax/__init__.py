@@ -21,6 +21,7 @@ from zo2jax.mezo import Mezo as Mezo
 from zo2jax.mezo import State as State
 from zo2jax.mezo import mezo as mezo
 from zo2jax.models.blocks import Block as Block
+from zo2jax.models.generation import sampling as sampling
 from zo2jax.models.heads import Classification as Classification
 from zo2jax.models.heads import QuestionAnswering as QuestionAnswering
 from zo2jax.models.hub import load as load

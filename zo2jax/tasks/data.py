@@ -156,7 +156,12 @@ def _load_hub(source: str) -> Any:
     except ImportError as error:
         raise ImportError(f"{source} needs the package datasets: pip install zo2jax[data]") from error
     try:
-        return load_dataset(*parts)
+        try:
+            return load_dataset(*parts)
+        except RuntimeError as error:
+            if "script" not in str(error):
+                raise
+            return load_dataset(*parts, revision="refs/convert/parquet")  # the hub's own copy, made by the script
     except Exception as error:  # it raises many kinds; each means that there is no data
         raise FileNotFoundError(f"{source}: the hub did not give it ({type(error).__name__}: {error})") from error
 
