@@ -162,9 +162,11 @@ def rouge(text: str, answers: Sequence[str]) -> dict[str, float]:
 def wider(batch: dict[str, Any]) -> dict[str, Any]:
     """The same batch with more padding: one of few shapes, so that a test compiles few programs."""
     time, scored = batch["ids"].shape[1], batch["positions"].shape[1]
-    more = dict.fromkeys(("positions", "targets", "weights"), max(24 - scored, 0))
+    weights = batch["weights"]
+    shared = weights.ndim == 3 and len(weights) == len(batch["ids"]) and scored == weights.shape[1]
+    more = dict.fromkeys(("positions", "targets", "weights"), 0 if shared else max(24 - scored, 0))
     more["ids"] = next(n for n in (64, 128, 192, 256, 384, 512) if n >= time) - time
-    return batch | {key: np.pad(batch[key], ((0, 0), (0, n))) for key, n in more.items()}
+    return batch | {key: np.pad(batch[key], [(0, 0)] * (batch[key].ndim - 1) + [(0, n)]) for key, n in more.items()}
 
 
 class Wider:

@@ -35,8 +35,3 @@ def test_the_table(capsys):
 def test_a_failed_measurement_says_why():
     with pytest.raises(RuntimeError, match=r"(?s)'forward' failed.*context"):
         bench.bench("tiny", layers=1, work=bench.Work(tokens=4096), what=("forward",))
-
-
-def test_rows_must_be_whole_examples():
-    with pytest.raises(ValueError, match="3 rows are no examples of 2 candidates"):
-        bench.Work(tokens=8, rows=3, candidates=2).batch(100)

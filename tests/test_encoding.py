@@ -1,16 +1,14 @@
-"""Encoding, batches and scores with a tokenizer of one token per character, so that every row is checked by hand."""
+"""Encoding and batches with a tokenizer of one token per character, so that every row is checked by hand."""
 
 import gc
 import weakref
-from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors
+from task_fakes import ASK, BOS, EXAMPLES, SAY, Fake, X, Y, make_tokenizer, text
+from tokenizers import Tokenizer
 
-import zo2jax as zo
 from zo2jax.tasks.data import Example
 from zo2jax.tasks.encoding import (
     Row,
@@ -22,57 +20,13 @@ from zo2jax.tasks.encoding import (
     encode_text,
     make_batch,
 )
-from zo2jax.tasks.scoring import Evaluation, evaluate, option_scores
 from zo2jax.tasks.task import Task, chat_task, completion_task
 from zo2jax.tasks.text import TextBatches, pack
-
-BOS, OTHER, MERGED = 1, 2, 3  # "re" is one token; characters are their code points
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    """Characters, with BOS in front."""
-    vocab = {"<s>": BOS, "<o>": OTHER, "re": MERGED, **{chr(i): i for i in range(10, 127)}}
-    made = Tokenizer(models.WordLevel(vocab, unk_token="?"))
-    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"re|[\s\S]"), "isolated")
-    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    made.add_special_tokens([AddedToken("<o>", special=True)])
-    return made
-
-
-@dataclass(eq=False)
-class Fake:
-    """A model whose log-probabilities and answers are functions of the tokens."""
-
-    tokenizer: Any
-    context: int = 64
-    prompt_bos: int | None = None
-    vocabulary: int = 127
-    folder: str = "a/folder"
-    shapes: list = field(default_factory=list)
-
-    @property
-    def config(self):
-        return SimpleNamespace(context=self.context, prompt_bos=self.prompt_bos, vocabulary=self.vocabulary)
-
-    def token_log_probs(self, batch):
-        """Of a token and its place; NaN where nothing is asked for."""
-        self.shapes.append(batch["ids"].shape)
-        before = np.take_along_axis(batch["ids"], batch["positions"], 1)
-        made = log_prob(before, batch["positions"], batch["targets"])
-        return np.where(batch["weights"] > 0, made, np.nan).astype(np.float32)
-
-    def generate(self, prompts, tokens, *, stop):
-        self.shapes.append((len(prompts), tokens, stop))
-        return [f" {text(prompt)[-3:].upper()} \n" for prompt in prompts]
-
-
-def log_prob(before, position, target):
-    return -((before * 5 + position * 3 + target * 7) % 17 + 1) / 4
-
-
-def text(ids) -> str:
-    return "".join({BOS: "<s>", OTHER: "<o>", MERGED: "re"}.get(i) or chr(i) for i in ids)
+    return make_tokenizer()
 
 
 @pytest.fixture
@@ -83,11 +37,6 @@ def model(tokenizer) -> Fake:
 def shown(rows) -> list[tuple[str, str]]:
     """(the row's text, the option's text)."""
     return [(text(row.ids), text(row.ids[-row.option :])) for row in rows]
-
-
-ASK = Task(prompt="{x}\n", candidates=("No", "Yes"), calibration="c ")
-SAY = Task(prompt="{x}:")
-X, Y = {"x": "A b", "label": 1, "answers": ["ok"]}, {"x": "B", "label": 0, "answers": ["no", "nope"]}
 
 
 @pytest.mark.parametrize(("prompt_bos", "first"), [(None, BOS), (0, 0), (7, 7)])
@@ -275,9 +224,6 @@ def test_batches_have_few_shapes():
     assert shape(33, 20, 40) == (40, 24)
 
 
-EXAMPLES = [Example({"x": "ab" * i, "label": i % 2, "answers": [str(i)]}, f"line {i}") for i in range(11)]
-
-
 def batches(model, task=ASK, examples=EXAMPLES, **changes) -> TaskBatches:
     options = {"batch": 4, "steps": 20, "seed": 7, "objective": "candidates"} | changes
     return TaskBatches(model, task, examples, **options)
@@ -336,9 +282,24 @@ def test_candidates_are_filled_up_to_the_largest_of_all_examples(model):
     empty = "\x00"
     assert texts(batch) == ["<s>A:p", "<s>A:q", empty, "<s>B:r", "<s>B:st", "<s>B:u", *[empty] * 3]
     assert (batch["labels"].dtype, batch["labels"].tolist()) == (np.int32, [1, 2, -1])
-    assert batch["weights"].sum(1).tolist() == [1, 1, 0, 1, 2, 1, 0, 0, 0]
+    assert batch["weights"].sum(2).tolist() == [[1, 1, 0], [1, 2, 1], [0, 0, 0]]
     one = TaskHeldOut(model, task, examples, batch=1, objective="candidates")
     assert [b["ids"].shape for b in one] == [(3, 8), (3, 8)]
+
+
+def test_candidates_of_one_token_share_a_row(model):
+    """What is before them is read once; fewer candidates than others have, and filler, weigh nothing."""
+    task = Task(prompt="{x}:", candidates=lambda e: e["c"], label=lambda e: e["gold"])
+    examples = [{"x": "A", "c": ["p", "q", "r"], "gold": 2}, {"x": "Bc", "c": ["s", "t"], "gold": 0}]
+    batch = next(iter(TaskHeldOut(model, task, examples, batch=3, objective="candidates")))
+    assert texts(batch) == ["<s>A:", "<s>Bc:", "\x00"]
+    assert batch["positions"].tolist() == [[2, 2, 2], [3, 3, 0], [0, 0, 0]]
+    assert batch["targets"].tolist() == [list(b"pqr"), [*b"st", 0], [0, 0, 0]]
+    assert batch["weights"].tolist() == [[[1], [1], [1]], [[1], [1], [0]], [[0], [0], [0]]]
+    assert batch["labels"].tolist() == [2, 0, -1]
+    longer = [*examples, {"x": "C", "c": ["u", "vw"], "gold": 0}]
+    batch = next(iter(TaskHeldOut(model, task, longer, batch=3, objective="candidates")))
+    assert len(batch["ids"]) == 9 and batch["weights"].shape == (3, 3, 2)  # all of one form, for one program
 
 
 @pytest.mark.parametrize("batch", [1, 3, 11, 20])
@@ -358,7 +319,7 @@ def test_held_out_examples_come_once_and_in_order(model, objective, batch):
         assert set(made[0]) == {"ids", "lengths", "answers"}
         assert [a for b in made for a in b["answers"]] == [[str(i)] for i in range(11)] + [[]] * filler
     else:
-        weights = np.concatenate([b["weights"].sum(1) for b in made])
+        weights = np.concatenate([b["weights"].reshape(batch * rows, -1).sum(1) for b in made])
         assert (weights > 0).tolist() == [True] * 11 * rows + [False] * filler * rows
 
 
@@ -396,148 +357,3 @@ def test_batches_that_cannot_be_are_refused(model, changes, message):
     with pytest.raises(ValueError, match=message):
         options = {"task": ASK, "examples": EXAMPLES, "batch": 2, "objective": "candidates"} | changes
         TaskHeldOut(model, options.pop("task"), options.pop("examples"), **options)
-
-
-# Scores
-
-
-def expected(row: str, option: str) -> list[float]:
-    """Log-probabilities of the option's tokens, from the text."""
-    ids = [BOS, *row.removeprefix("<s>").encode()]
-    return [log_prob(ids[i - 1], i - 1, ids[i]) for i in range(len(ids) - len(option), len(ids))]
-
-
-SCORES = {
-    "mean": lambda x, d: [np.mean(expected(f"<s>{d}{x}\n{c}", c)) for c in ("No", "Yes")],
-    "sum": lambda x, d: [np.sum(expected(f"<s>{d}{x}\n{c}", c)) for c in ("No", "Yes")],
-    "sfc": lambda x, d: [
-        np.sum(expected(f"<s>{d}{x}\n{c}", c)) - np.sum(expected(f"<s>c {c}", " " + c)) for c in ("No", "Yes")
-    ],
-    "icl_sfc": lambda x, d: [
-        np.sum(expected(f"<s>{d}{x}\n{c}", c)) - np.sum(expected(f"<s>{d}c {c}", " " + c)) for c in ("No", "Yes")
-    ],
-}
-
-
-@pytest.mark.parametrize("scoring", SCORES)
-@pytest.mark.parametrize("shots", ["none", "one list", "a list each"])
-@pytest.mark.parametrize("batch", [1, 5, 64])
-def test_scores_by_hand(model, scoring, shots, batch):
-    examples = EXAMPLES[1:]
-    sets = {
-        "none": (None, [""] * 10),
-        "one list": ([Y], ["B\nNo\n\n"] * 10),
-        "a list each": ([[Y] * (i % 2) for i in range(10)], ["", "B\nNo\n\n"] * 5),
-    }
-    demonstrations, prefixes = sets[shots]
-    scores = option_scores(model, ASK, examples, demonstrations=demonstrations, scoring=scoring, batch=batch)
-    wanted = [SCORES[scoring](e["x"], prefix) for e, prefix in zip(examples, prefixes, strict=True)]
-    np.testing.assert_allclose(np.array(scores), wanted, rtol=1e-6)
-    assert {n for n, _ in model.shapes} == {batch}
-
-
-def test_rows_that_occur_twice_are_scored_once(model):
-    """The calibration rows of all examples are the same two."""
-    option_scores(model, ASK, EXAMPLES[1:6], scoring="sfc", batch=1)
-    assert len(model.shapes) == 5 * 2 + 2
-
-
-def test_long_rows_come_first_and_progress_is_told(model):
-    told = []
-    option_scores(model, ASK, EXAMPLES, batch=8, progress=lambda done, total: told.append((done, total)))
-    assert told == [(8, 22), (16, 22), (22, 22)]
-    assert [t for _, t in model.shapes] == sorted((t for _, t in model.shapes), reverse=True)
-
-
-def test_examples_may_differ_in_candidates(model):
-    task = Task(prompt="{x}:", candidates=lambda e: e["c"], label="gold")
-    examples = [{"x": "A", "c": ["p", "qr"], "gold": [0, 1]}, {"x": "B", "c": ["s", "t", "uvw"], "gold": 0}]
-    scores = option_scores(model, task, examples)
-    wanted = [[np.mean(expected(f"<s>{e['x']}:{c}", c)) for c in e["c"]] for e in examples]
-    assert [score.tolist() for score in scores] == [pytest.approx(row) for row in wanted]
-    result = evaluate(model, task, examples)
-    assert result.predictions == [int(np.argmax(row)) for row in wanted]
-    assert result.metrics == {"accuracy": (1 + (result.predictions[1] == 0)) / 2}
-
-
-BAD_SCORES = {
-    "no examples": ({"examples": []}, "no examples: expected at least one"),
-    "scoring": ({"scoring": "avg"}, "scoring='avg': expected one of mean, sum, sfc, icl_sfc"),
-    "sets": ({"demonstrations": [[X]]}, "1 lists of demonstrations for 2 examples: expected one each"),
-    "batch": ({"batch": 0}, "batch=0: expected at least 1"),
-    "example": ({"examples": [X, {"x": "a", "label": 0}, {"label": 0}]}, "example: no field 'x'; it has label"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_SCORES)
-def test_scores_that_cannot_be_are_refused(case, model):
-    changes, message = BAD_SCORES[case]
-    examples = changes.get("examples", [X, Y])
-    options = {name: value for name, value in changes.items() if name != "examples"}
-    for call in (option_scores, evaluate):
-        with pytest.raises(ValueError, match=message):
-            call(model, ASK, examples, **options)
-
-
-def test_a_broken_model_is_named(model):
-    model.token_log_probs = lambda batch: np.full(batch["targets"].shape, np.nan, np.float32)
-    with pytest.raises(ValueError, match=r"^f\.jsonl, line 3: the scores are \[nan nan\]: the model's weights"):
-        option_scores(model, ASK, [Example(X, "f.jsonl, line 3")])
-
-
-def test_labels_are_checked_before_anything_is_computed(model):
-    with pytest.raises(ValueError, match="line 4: the label is 9"):
-        evaluate(model, ASK, [*EXAMPLES, Example(X | {"label": 9}, "line 4")])
-    assert model.shapes == []
-
-
-@pytest.mark.parametrize("batch", [1, 2, 16])
-def test_text_is_generated_and_compared(model, batch):
-    told = []
-    examples = [
-        {"x": "long ab", "answers": ["AB: no", "the ab."]},
-        {"x": "xy", "answers": ["q"]},
-        {"x": "z" * 9, "answers": "zz"},
-    ]
-    result = evaluate(model, SAY, examples, batch=batch, progress=lambda *n: told.append(n))
-    assert result == Evaluation({"token_f1": pytest.approx(2 / 3)}, ["AB:", "XY:", "ZZ:"], 3)
-    assert told[-1] == (3, 3) and len(told) == -(-3 // batch)
-    assert {shape[1:] for shape in model.shapes} == {(50, ("\n",))}
-    assert str(result) == "token_f1 0.667 (3 examples)"
-
-
-def test_demonstrations_of_generated_text(tokenizer):
-    prompts = []
-
-    class Recorder(Fake):
-        def generate(self, rows, tokens, *, stop):
-            prompts.extend(map(text, rows))
-            return [""] * len(rows)
-
-    evaluate(Recorder(tokenizer), replace(SAY, tokens=3), [X, Y], demonstrations=[[Y], []])
-    assert prompts == ["<s>B: no\n\nA b:", "<s>B:"]
-
-
-def test_metrics_may_have_several_names(model):
-    task = replace(SAY, metric=lambda prediction, answers: {"length": len(prediction) / 4, "right": 1.0})
-    result = evaluate(model, task, [X, Y])
-    assert result.predictions == ["B:", ">B:"]
-    assert result.metrics == {"length": 0.625, "right": 1.0}
-    assert str(result) == "length 0.625, right 1.000 (2 examples)"
-    assert str(Evaluation({"a": 0.5}, [1], 1)) == "a 0.500 (1 example)"
-
-
-@pytest.mark.parametrize("scoring", ["mean", "sum"])
-def test_scores_of_a_model_are_those_of_its_logits(tiny_folder, scoring):
-    model = zo.load(tiny_folder)
-    task = Task(prompt="{x} ", candidates=("yes", "no", "maybe"), special_tokens=False)
-    examples = [{"x": "Is it"}, {"x": "A longer question, is it"}]
-    scores = option_scores(model, task, examples, scoring=scoring, batch=4)
-    for example, score in zip(examples, scores, strict=True):
-        for candidate, value in zip(task.candidates, score.tolist(), strict=True):
-            ids = model.tokenizer.encode(f"{example['x']} {candidate}").ids
-            logits = np.asarray(model.logits([ids])[0], np.float64)
-            log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-            first = len(example["x"])  # the space counts for the candidate
-            parts = [log_probs[i - 1, ids[i]] for i in range(first, len(ids))]
-            assert value == pytest.approx(np.sum(parts) if scoring == "sum" else np.mean(parts), rel=1e-4)

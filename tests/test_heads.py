@@ -79,7 +79,7 @@ def test_candidates_are_compared_by_their_mean(setting, labels):
     """Three examples of three candidates; two candidates have no token, and negative labels mark filler."""
     _, loss_sum, batch, log_probs = setting
     weights = (np.arange(PICKED) < COUNTS[:, None]).astype(np.float32)
-    batch = batch | {"weights": weights, "labels": np.array(labels, np.int32)}
+    batch = batch | {"weights": weights.reshape(3, 3, PICKED), "labels": np.array(labels, np.int32)}
     total, count = loss_sum(batch)
     assert (total.dtype, total.shape) == (jnp.float32, ())
     np.testing.assert_allclose([total, count], candidate_loss(log_probs, weights, labels), rtol=1e-5, atol=1e-5)
@@ -88,22 +88,23 @@ def test_candidates_are_compared_by_their_mean(setting, labels):
 def test_a_filler_example_may_be_without_any_candidate(setting):
     _, loss_sum, batch, log_probs = setting
     weights = (np.arange(PICKED) < np.where(np.arange(ROWS) < 6, COUNTS, 0)[:, None]).astype(np.float32)
-    batch = batch | {"weights": weights, "labels": np.array([1, 0, -1], np.int32)}
+    batch = batch | {"weights": weights.reshape(3, 3, PICKED), "labels": np.array([1, 0, -1], np.int32)}
     expected = candidate_loss(log_probs, weights, (1, 0, -1))
     np.testing.assert_allclose(loss_sum(batch), expected, rtol=1e-5)
-    scores = candidate_scores(jnp.asarray(log_probs, jnp.float32), jnp.asarray(weights), 3)
+    scores = candidate_scores(jnp.asarray(log_probs, jnp.float32), jnp.asarray(weights.reshape(3, 3, PICKED)))
     assert np.isneginf(scores).tolist() == [[False] * 3, [False, False, True], [True] * 3]
 
 
-def test_candidates_without_positions_or_weights_count_their_length(setting):
-    """Every token below ``lengths`` belongs to the candidate then."""
-    model, loss_sum, batch, _ = setting
-    whole = {"ids": batch["ids"], "lengths": LENGTHS.astype(np.int32)}
-    whole["targets"] = np.roll(batch["ids"], -1, axis=1)
-    log_probs = np.asarray(model.token_log_probs(whole), np.float64)
-    weights = (np.arange(TIME) < LENGTHS[:, None]).astype(np.float64)
-    mine = loss_sum(whole | {"labels": np.array([0, 2, 1], np.int32)})
-    np.testing.assert_allclose(mine, candidate_loss(log_probs, weights, (0, 2, 1)), rtol=1e-5)
+def test_candidates_may_share_a_row(setting):
+    """Each row is an example then, its targets the tokens of its candidates: four of one token, or two of two."""
+    _, loss_sum, batch, log_probs = setting
+    labels = np.arange(ROWS, dtype=np.int32) % 3 - 1
+    for shape in ((ROWS, PICKED, 1), (ROWS, PICKED // 2, 2)):
+        weights = np.ones(shape, np.float32)
+        weights[2, 1] = 0
+        expected = candidate_loss(log_probs.reshape(-1, shape[2]), weights.reshape(-1, shape[2]), labels)
+        mine = loss_sum(batch | {"weights": weights, "labels": labels})
+        np.testing.assert_allclose(mine, expected, rtol=1e-5)
 
 
 HEADS = {"lm": CausalLM(), "classification": zo.Classification(("a", "b", "c")), "spans": zo.QuestionAnswering()}

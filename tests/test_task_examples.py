@@ -16,6 +16,7 @@ from zo2jax.models.tokenizers import read_tokenizer
 from zo2jax.tasks.catalog import TASKS
 from zo2jax.tasks.encoding import TaskBatches, TaskHeldOut, encode_options, encode_prompt, encode_target
 from zo2jax.tasks.scoring import evaluate, option_scores
+from zo2jax.tasks.task import Task
 
 CHOICE = [name for name, cases in CASES.items() if cases[0].candidates]
 TEXT = [name for name in CASES if name not in CHOICE]
@@ -307,3 +308,30 @@ def test_training_losses(name, objective, model, loss, oracle):
     assert len(train) == steps and len(drawn) == steps * size
     assert sorted(drawn[:10]) == list(range(10)) and set(Counter(drawn[10:]).values()) == {1}
     assert [i for those in seen[steps:] for i in those] == list(range(10))
+
+
+# Candidates of one token, which share a row; stories260K has none in the tasks above.
+
+SHORT = Task(prompt="{x} was", candidates=(" a", " the", " in", " so"), calibration="It was")
+SHORT_EXAMPLES = [
+    {"x": x, "label": i % 4} for i, x in enumerate(["Tom", "Once upon a time there", "The big red ball", "She", "Lily"])
+]
+
+
+@pytest.mark.parametrize("scoring", ["mean", "sum", "sfc", "icl_sfc"])
+def test_scores_of_candidates_that_share_a_row(scoring, model, oracle):
+    shots = SHORT_EXAMPLES[3:]
+    shown = [f"{e['x']} was{SHORT.candidates[e['label']]}" for e in shots]
+    scores = option_scores(model, SHORT, SHORT_EXAMPLES, demonstrations=shots, scoring=scoring, batch=3)
+    for example, mine in zip(SHORT_EXAMPLES, scores, strict=True):
+        theirs = oracle.scores(f"{example['x']} was", SHORT.candidates, shown, scoring, "It was")
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-4)
+
+
+def test_losses_of_candidates_that_share_a_row(model, loss, oracle):
+    options = [oracle.option_rows(f"{e['x']} was", SHORT.candidates, ()) for e in SHORT_EXAMPLES]
+    held_out = list(TaskHeldOut(model, SHORT, SHORT_EXAMPLES, batch=3, objective="candidates"))
+    assert [len(batch["ids"]) for batch in held_out] == [3, 3]  # a row for an example, not one for a candidate
+    for batch, those in zip(held_out, (range(3), range(3, 5)), strict=True):
+        expected = oracle.candidates_loss([options[i] for i in those], [SHORT_EXAMPLES[i]["label"] for i in those])
+        np.testing.assert_allclose(float(loss(model.params, batch)), expected, rtol=0, atol=1e-4)

@@ -77,8 +77,8 @@ class Work:
     tokens: int = 2048
     rows: int = 1
     candidates: int = 0
-    """0: each token of each row is a target. Otherwise the rows are examples of so many candidates, as in a task of
-    classification: the last token of a row is its only target."""
+    """0: each token of each row is a target. Otherwise each row is an example of so many candidates of one token, as in
+    a task of classification, and only they are scored."""
     steps: int = 10
     """In each of three timed rounds."""
 
@@ -87,13 +87,11 @@ class Work:
         ids = np.random.default_rng(0).integers(0, vocabulary, (self.rows, self.tokens)).astype(np.int32)
         if not self.candidates:
             return jax.device_put({"ids": ids, "targets": np.roll(ids, -1, 1)})
-        if self.rows % self.candidates:
-            raise ValueError(f"{self.rows} rows are no examples of {self.candidates} candidates: make them a multiple")
-        last = np.full((self.rows, 1), self.tokens - 2, np.int32)
-        weights, labels = np.ones((self.rows, 1), np.float32), np.zeros(self.rows // self.candidates, np.int32)
-        return jax.device_put(
-            {"ids": ids, "positions": last, "targets": ids[:, -1:], "weights": weights, "labels": labels}
-        )
+        shape = (self.rows, self.candidates)
+        targets = np.broadcast_to(np.arange(self.candidates, dtype=np.int32), shape)
+        batch = {"ids": ids, "positions": np.full(shape, self.tokens - 1, np.int32), "targets": targets}
+        weights = np.ones((*shape, 1), np.float32)
+        return jax.device_put(batch | {"weights": weights, "labels": np.zeros(self.rows, np.int32)})
 
 
 def random_model(shape: str, layers: int | None = None, dtype: Any = jnp.bfloat16) -> Model:

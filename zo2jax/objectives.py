@@ -26,7 +26,7 @@ def error_rate(logits: jax.Array, batch: Batch) -> jax.Array:
     """
     labels = batch["labels"]
     if logits.ndim == 3:
-        logits = candidate_scores(-token_losses(logits, batch["targets"]), batch["weights"], len(labels))
+        logits = candidate_scores(-token_losses(logits, batch["targets"]), batch["weights"])
     return (jnp.argmax(logits, axis=-1) != labels).astype(jnp.float32)
 
 

@@ -39,12 +39,13 @@ class LanguageModelHead(Head):
 
         Only ``positions`` [b, p] reach the matrix, if they are given. ``targets`` and ``weights`` have the shape of
         the logits; without weights every token counts once, or every one below ``lengths``. With ``labels`` int32 [n]
-        the rows are n groups of candidates, compared by the mean log-probability of their tokens (see `candidates`).
+        the targets are the tokens of candidates, in the order of ``weights`` [n, candidates, tokens], and the ones
+        of each of n examples are compared (see `candidates`).
         """
         if "targets" not in batch:
             return self.outputs(_at_positions(x, batch))
         if "labels" in batch:
-            return candidates(self.log_probs(x, batch), _weights(batch), batch["labels"])
+            return candidates(self.log_probs(x, batch), batch["weights"], batch["labels"])
         return cross_entropy(self.outputs(_at_positions(x, batch)), batch["targets"], _weights(batch))
 
     def log_probs(self, x: jax.Array, batch: Batch) -> jax.Array:
@@ -151,26 +152,27 @@ HeadKind = CausalLM | Classification | QuestionAnswering
 def candidates(log_probs: jax.Array, weights: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(sum of losses, number of examples): cross-entropy over candidates, compared by mean log-probability.
 
-    MeZO (arXiv 2305.17333, appendix E.2). log_probs and weights float32 [n candidates, p], example by example; a
-    candidate without weight is none. labels int32 [n]; an example with a negative one counts 0.
+    MeZO (arXiv 2305.17333, appendix E.2). weights float32 [n, candidates, tokens], a candidate without weight is none;
+    log_probs float32, as many and in this order, in any shape: candidates have rows of their own, or share one. labels
+    int32 [n]; an example with a negative one counts 0.
 
-    >>> total, count = candidates(jnp.log(jnp.array([[0.5], [0.25], [1.0]])), jnp.array([[1.0], [1.0], [0.0]]),
+    >>> total, count = candidates(jnp.log(jnp.array([[0.5, 0.25, 1.0]])), jnp.array([[[1.0], [1.0], [0.0]]]),
     ...                           jnp.array([0]))
     >>> round(float(total / count), 4)
     0.4055
     """
-    return _labelled(candidate_scores(log_probs, weights, len(labels)), labels)
+    return _labelled(candidate_scores(log_probs, weights), labels)
 
 
-def candidate_scores(log_probs: jax.Array, weights: jax.Array, examples: int) -> jax.Array:
-    """Mean log-probability of the tokens of each candidate, float32 [examples, candidates]; -inf where there is none.
+def candidate_scores(log_probs: jax.Array, weights: jax.Array) -> jax.Array:
+    """Mean log-probability of the tokens of each candidate, float32 [n, candidates]; -inf where there is none.
 
-    >>> candidate_scores(jnp.array([[-1.0, -3.0], [0.0, 0.0]]), jnp.array([[1.0, 1.0], [0.0, 0.0]]), 1).tolist()
+    >>> candidate_scores(jnp.array([[-1.0, -3.0], [0.0, 0.0]]), jnp.array([[[1.0, 1.0], [0.0, 0.0]]])).tolist()
     [[-2.0, -inf]]
     """
-    count = jnp.sum(weights, axis=1)
-    total = jnp.sum(jnp.where(weights != 0, log_probs * weights, 0.0), axis=1)
-    return jnp.where(count > 0, total / jnp.where(count > 0, count, 1), -jnp.inf).reshape(examples, -1)
+    count = jnp.sum(weights, axis=-1)
+    total = jnp.sum(jnp.where(weights != 0, log_probs.reshape(weights.shape) * weights, 0.0), axis=-1)
+    return jnp.where(count > 0, total / jnp.where(count > 0, count, 1), -jnp.inf)
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ def _counts(batch: Batch, examples: int) -> jax.Array:
     if "labels" in batch and batch["labels"].shape == (examples,):
         return (batch["labels"] >= 0).astype(jnp.float32)
     if "weights" in batch and len(batch["weights"]) == examples:
-        return (batch["weights"] != 0).any(axis=1).astype(jnp.float32)
+        return (batch["weights"] != 0).reshape(examples, -1).any(axis=1).astype(jnp.float32)
     return jnp.ones(examples, jnp.float32)
 
 

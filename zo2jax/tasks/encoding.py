@@ -25,8 +25,45 @@ class Row:
     option: int
 
 
-FILLER = Row((0,), 0)
+@dataclass(frozen=True)
+class Input:
+    """What a model reads: token ids, and which positions predict which targets.
+
+    >>> shared_input([Row((5, 7, 2), 1), Row((5, 7, 3), 1)])
+    Input(ids=(5, 7), positions=(1, 1), targets=(2, 3))
+    """
+
+    ids: tuple[int, ...]
+    positions: tuple[int, ...]
+    targets: tuple[int, ...]
+
+
+FILLER = Input((0,), (), ())
 """Fills a batch up; nothing of it is scored."""
+
+
+def shared_input(rows: Sequence[Row]) -> Input | None:
+    """One input that serves all rows: if each is one scored token after the same others, which are read once.
+
+    So a candidate of one token costs nothing but a row of the vocabulary matrix. None where rows differ otherwise.
+
+    >>> shared_input([Row((5, 7, 2), 1), Row((5, 8, 3), 1)]) is None
+    True
+    """
+    if any(row.option != 1 or row.ids[:-1] != rows[0].ids[:-1] for row in rows):
+        return None
+    before = rows[0].ids[:-1]
+    return Input(before, (len(before) - 1,) * len(rows), tuple(row.ids[-1] for row in rows))
+
+
+def own_input(row: Row) -> Input:
+    """The input of one row.
+
+    >>> own_input(Row((5, 7, 2), 2))
+    Input(ids=(5, 7, 2), positions=(0, 1), targets=(7, 2))
+    """
+    count = len(row.ids)
+    return Input(row.ids, tuple(range(count - row.option - 1, count - 1)), row.ids[count - row.option :])
 
 
 def encode_text(model: Any, text: str, special_tokens: bool = True) -> list[int]:
@@ -171,32 +208,31 @@ def encode_prompt(
     return _cut(model, ids, room)
 
 
-def make_batch(rows: Sequence[Row], *, context: int, rows_to: int = 0) -> Batch:
+def make_batch(rows: Sequence[Row | Input], *, context: int, rows_to: int = 0) -> Batch:
     """Rows as the arrays of one batch, filled up to ``rows_to`` rows of which nothing is scored.
 
     ``ids`` int32 [n, t] are right-padded with 0, ``lengths`` int32 [n] count the real tokens. Position
     ``positions`` int32 [n, p] predicts token ``targets`` int32 [n, p], which counts ``weights`` float32 [n, p] (0
-    for padding). t and p are rounded up to few
-    sizes, t to ``context`` at most.
+    for padding). t and p are rounded up to few sizes, t to ``context`` at most.
 
     >>> batch = make_batch([Row((5, 7, 2), 2), Row((5, 9), 1)], context=16)
     >>> batch["positions"].tolist(), batch["targets"].tolist(), batch["weights"].tolist()
     ([[0, 1], [0, 0]], [[7, 2], [9, 0]], [[1.0, 1.0], [1.0, 0.0]])
     """
-    rows = [*rows, *[FILLER] * (rows_to - len(rows))]
-    longest = max(len(row.ids) for row in rows)
+    inputs = [own_input(row) if isinstance(row, Row) else row for row in rows]
+    inputs += [FILLER] * (rows_to - len(inputs))
+    longest = max(len(one.ids) for one in inputs)
     assert longest <= context, f"a row of {longest} tokens, the context is {context}"
-    options = bucket(max(max(row.option for row in rows), 1), 1)
-    ids = np.zeros((len(rows), min(context, bucket(longest))), np.int32)
-    positions, targets = np.zeros((2, len(rows), options), np.int32)
-    weights = np.zeros((len(rows), options), np.float32)
-    for i, row in enumerate(rows):
-        last, scored = len(row.ids), row.option
-        ids[i, :last] = row.ids
-        positions[i, :scored] = np.arange(last - scored - 1, last - 1)
-        targets[i, :scored] = row.ids[last - scored :]
-        weights[i, :scored] = 1.0
-    lengths = np.array([len(row.ids) for row in rows], np.int32)
+    scored = bucket(max(max(len(one.targets) for one in inputs), 1), 1)
+    ids = np.zeros((len(inputs), min(context, bucket(longest))), np.int32)
+    positions, targets = np.zeros((2, len(inputs), scored), np.int32)
+    weights = np.zeros((len(inputs), scored), np.float32)
+    for i, one in enumerate(inputs):
+        ids[i, : len(one.ids)] = one.ids
+        positions[i, : len(one.targets)] = one.positions
+        targets[i, : len(one.targets)] = one.targets
+        weights[i, : len(one.targets)] = 1.0
+    lengths = np.array([len(one.ids) for one in inputs], np.int32)
     return {"ids": ids, "lengths": lengths, "positions": positions, "targets": targets, "weights": weights}
 
 
@@ -229,6 +265,8 @@ class _Encoded:
     items: tuple[_Item, ...]
     objective: str
     context: int
+    shared: bool
+    """Whether the candidates of each example share one input."""
 
     @classmethod
     def make(cls, model: Any, task: Task, examples: Sequence[Fields], objective: str) -> "_Encoded":
@@ -237,16 +275,23 @@ class _Encoded:
         if not examples:
             raise ValueError("no examples: expected at least one")
         items = tuple(_encode_item(model, task, example, objective) for example in examples)
-        return cls(items, objective, model.config.context)
+        shared = objective == "candidates" and all(shared_input(item.rows) for item in items)
+        return cls(items, objective, model.config.context, shared)
 
     def batch(self, items: Sequence[_Item], count: int) -> Batch:
         """The items, filled up to ``count``, each with as many rows as the largest of all."""
         items = [*items, *[_Item()] * (count - len(items))]
         width = max(len(item.rows) for item in self.items)
-        rows = [row for item in items for row in (*item.rows, *[FILLER] * (width - len(item.rows)))]
+        rows: list[Row | Input] = []
+        for item in items:
+            one = shared_input(item.rows) if self.shared and item.rows else None
+            rows += [one or FILLER] if self.shared else [*item.rows, *[FILLER] * (width - len(item.rows))]
         batch = make_batch(rows, context=self.context)
         if self.objective == "candidates":
-            return batch | {"labels": np.array([item.label for item in items], np.int32)}
+            for name in ("positions", "targets", "weights") if self.shared else ():
+                batch[name] = batch[name][:, :width]
+            weights = batch["weights"].reshape(len(items), width, -1)
+            return batch | {"weights": weights, "labels": np.array([item.label for item in items], np.int32)}
         if self.objective == "generated":
             texts = [list(item.answers) for item in items]
             return {"ids": batch["ids"], "lengths": batch["lengths"], "answers": texts}
@@ -260,8 +305,9 @@ class TaskBatches(Sequence[Batch]):
     Batch i is a pure function of (seed, i). All examples are encoded at once, so that what is wrong with one is
     said before a run starts. The ``objective`` says what a batch of n examples holds, as `make_batch` has it:
 
-    - "candidates": a row for each candidate, example by example (those with fewer get rows of weight 0), and
-      ``labels`` int32 [n], the right candidate (of several the first);
+    - "candidates": a row for each candidate, example by example, or one for all candidates of an example where each
+      is one token; ``weights`` float32 [n, candidates, tokens] (0 for candidates that an example lacks), and ``labels``
+      int32 [n], the right candidate (of several the first);
     - "tokens": a row for each example, its prompt with the right text, which is scored;
     - "generated": ``ids`` and ``lengths`` of the prompts, and ``answers``, a list of the right texts for each.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from zo2jax.tasks.encoding import Row, encode_options, encode_prompt, make_batch
+from zo2jax.tasks.encoding import Row, encode_options, encode_prompt, make_batch, own_input, shared_input
 from zo2jax.tasks.metrics import accuracy, token_f1
 from zo2jax.tasks.task import Fields, Task, as_example
 
@@ -40,15 +40,24 @@ def _batches(lengths: Sequence[int], batch: int, progress: Progress | None) -> I
 
 
 def _log_probs(model: Any, rows: Sequence[Row], batch: int, progress: Progress | None) -> dict[Row, float]:
-    """The sum of the log-probabilities of each row's option; equal rows (calibration has many) are scored once."""
-    unique = list(dict.fromkeys(rows))
+    """The sum of the log-probabilities of each row's option.
+
+    Equal rows (calibration has many) are scored once; what rows of one scored token have in common is read once.
+    """
+    groups: dict[Any, list[Row]] = {}
+    for row in dict.fromkeys(rows):
+        groups.setdefault(row.ids[:-1] if row.option == 1 else row, []).append(row)
+    together = list(groups.values())
+    inputs = [shared_input(group) or own_input(group[0]) for group in together]
     sums: dict[Row, float] = {}
-    for chosen in _batches([len(row.ids) for row in unique], batch, progress):
-        chunk = [unique[i] for i in chosen]
-        arrays = make_batch(chunk, context=model.config.context, rows_to=batch)
-        log_probs = np.asarray(model.token_log_probs(arrays), np.float64)
-        totals = np.where(arrays["weights"] > 0, log_probs, 0.0).sum(axis=1)
-        sums.update(zip(chunk, totals[: len(chunk)].tolist(), strict=True))
+    for chosen in _batches([len(one.ids) for one in inputs], batch, progress):
+        arrays = make_batch([inputs[i] for i in chosen], context=model.config.context, rows_to=batch)
+        log_probs = np.where(arrays["weights"] > 0, np.asarray(model.token_log_probs(arrays), np.float64), 0.0)
+        for i, values in zip(chosen, log_probs, strict=False):
+            if together[i][0].option == 1:
+                sums.update(zip(together[i], values.tolist(), strict=False))
+            else:
+                sums[together[i][0]] = float(values.sum())
     return sums
 
 
