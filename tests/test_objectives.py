@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from families import optimization
 
 import zo2jax as zo
 from zo2jax.directions import step_keys
@@ -22,6 +23,12 @@ CONFIG = LlamaConfig(vocabulary=23, size=16, hidden=24, layers=2, heads=2, kv_he
 TASK = zo.Task(prompt="{x} is", candidates=(" good", " bad."))
 EXAMPLES = [{"x": word, "label": i % 2} for i, word in enumerate(["tea", "rain", "a walk", "noise", "rest"])]
 ESTIMATOR = zo.two_point(0.05)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    with optimization(False):
+        yield
 
 
 def a_run(model, folder, **options):

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from families import optimization
 
 import zo2jax as zo
 from zo2jax import cli, train
@@ -25,6 +26,12 @@ def shouting(text, answers):
 first = zo.Task(prompt="{word} is", candidates=(" good", " bad"))
 second = zo.Task(prompt="{word} =", answers="word", metric=shouting, tokens=3)
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    with optimization(False):
+        yield
 
 
 @pytest.fixture

@@ -50,7 +50,8 @@ class Metrics:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=last + 1)
+            suffix = f".{last + 1}.{os.getpid()}"  # names have the second only, and a second run would overwrite
+            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=last + 1, filename_suffix=suffix)
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Appends a line: ``step``, and numbers or None by name."""
