@@ -152,8 +152,9 @@ def generate_texts(
     if not rows or not all(rows):
         raise ValueError("a prompt is empty: give at least one token to continue")
     lengths = np.array([len(row) for row in rows], np.int32)
-    model.check_tokens(int(lengths.max()) + tokens)
-    ids = np.zeros((len(rows), min(bucket(int(lengths.max())), model.config.context - tokens)), np.int32)
+    longest = max(map(len, rows))
+    model.check_tokens(longest + tokens)
+    ids = np.zeros((len(rows), min(bucket(longest), model.config.context - tokens)), np.int32)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = row
 
