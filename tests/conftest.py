@@ -1,11 +1,13 @@
 """Fixtures: outside data, and a tiny model that is made here."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import pytest
+from families import optimization
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from zo2jax.models.hub import export
@@ -23,6 +25,13 @@ def test_data() -> Path:
     path = Path(folder)
     assert path.is_dir(), f"ZO2JAX_TEST_DATA={folder} is no folder"
     return path
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """Without XLA's optimizations, compiling takes a third of the time."""
+    with optimization(False):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,6 @@ from families import (
     make_model,
     make_reference,
     masked,
-    optimization,
     random_ids,
 )
 from families import reference_logits as logits_of
@@ -34,10 +33,7 @@ RIGHT = np.arange(TIME) < LENGTHS[:, None]
 QA_PREFIX = {"llama": "transformer.", "qwen3": "transformer.", "gpt2": "transformer.", "opt": "model."}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    with optimization(False):
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 PAIRS = [(case, head) for case in CASES for head in HEADS if case in MAIN or head == "CausalLM"]

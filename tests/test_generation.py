@@ -18,10 +18,7 @@ NEW = 24
 PROMPTS = [random_ids(seed, (1, length))[0].tolist() for seed, length in ((16, 11), (17, 4), (18, 7))]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    with optimization(False):
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module", params=MAIN)

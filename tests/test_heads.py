@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import make_model, optimization, random_ids
+from families import make_model, random_ids
 
 import zo2jax as zo
 from zo2jax.models.heads import CausalLM, candidate_scores
@@ -16,10 +16,7 @@ LENGTHS = np.array([12, 7, 3, 12, 9, 6, 8, 5, 11])
 COUNTS = np.array([4, 2, 1, 3, 1, 0, 2, 4, 0])  # tokens of each candidate: the sixth and the ninth are none
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    with optimization(False):
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module", params=["llama", "opt 350m"])  # without and with a projection

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import optimization
 
 import zo2jax as zo
 from zo2jax.directions import step_keys
@@ -25,10 +24,7 @@ EXAMPLES = [{"x": word, "label": i % 2} for i, word in enumerate(["tea", "rain",
 ESTIMATOR = zo.two_point(0.05)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    with optimization(False):
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def a_run(model, folder, **options):

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from families import optimization
 
 import zo2jax as zo
 from zo2jax import cli, train
@@ -28,10 +27,7 @@ second = zo.Task(prompt="{word} =", answers="word", metric=shouting, tokens=3)
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    with optimization(False):
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture
