@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, get_args, get_type_hints
 
 import optax
@@ -189,6 +190,26 @@ def packaged_configs(file: str) -> list[Path]:
     return [package / "configs" / file, package.parent / "configs" / file]
 
 
+def run_file(path: Path) -> ModuleType:
+    """The module that a Python file makes.
+
+    Raises:
+        ConfigError: if it does not run.
+
+    >>> run_file(next(path for path in packaged_configs("demo.py") if path.is_file())).Demo.__name__
+    'Demo'
+    """
+    spec = importlib.util.spec_from_file_location(f"zo2jax_file_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"{path} does not run ({type(error).__name__}: {error})") from error
+    return module
+
+
 def find_config(name: str) -> type[Config]:
     """The config class of a Python file, by path or by name among those installed with the package.
 
@@ -202,16 +223,11 @@ def find_config(name: str) -> type[Config]:
     if path is None:
         known = sorted({f.stem for p in packaged_configs("x") for f in p.parent.glob("*.py")})
         raise ConfigError(f"no config file {name!r}; those installed are {', '.join(known)}")
-    spec = importlib.util.spec_from_file_location(f"zo2jax_config_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ConfigError(f"{path} does not run ({type(error).__name__}: {error})") from error
+    module = run_file(path)
     found = [
-        c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == spec.name and issubclass(c, Config)
+        c
+        for c in vars(module).values()
+        if inspect.isclass(c) and c.__module__ == module.__name__ and issubclass(c, Config)
     ]
     if any("__dataclass_params__" not in vars(c) for c in found):
         raise ConfigError(f"{path}: {found[0].__name__} lacks @dataclass(frozen=True, kw_only=True)")

@@ -62,19 +62,7 @@ def train(config: Config, console: Console | None = None) -> Result:
         f"{config.model}: {model.parameter_count:,} parameters, {model.dtype}, on {jax.devices()[0].device_kind}; "
         f"{data.summary}"
     )
-    run = Run(
-        model,
-        config.make_estimator(),
-        config.make_optimizer(),
-        directory=config.directory,
-        key=jax.random.key(config.seed),
-        rounding=config.make_rounding(),
-        loss=data.loss,
-        config=config.as_json(),
-        may_grow=config.may_grow(),
-        max_skipped=config.max_skipped,
-        tensorboard=config.tensorboard,
-    )
+    run = _open_run(config, model, data)
     del model  # the run holds its own copy
     with run, _interruptible() as interrupted:
         if run.steps_done == 0:
@@ -104,13 +92,31 @@ def train(config: Config, console: Console | None = None) -> Result:
     metrics = None
     if data.evaluate is not None and done >= config.steps:
         metrics = _evaluate_best(config, data, console)
-    losses = [
-        math.nan if line["eval/loss"] is None else line["eval/loss"]
-        for line in read_metrics(config.directory)
-        if "eval/loss" in line
-    ]
+    losses = _held_out_losses(config.directory)
     directory = Path(config.directory).expanduser()
     return Result(directory, done, losses[0], losses[-1], done >= config.steps, metrics)
+
+
+def _held_out_losses(directory: str) -> list[float]:
+    found = [line["eval/loss"] for line in read_metrics(directory) if "eval/loss" in line]
+    return [math.nan if loss is None else loss for loss in found]
+
+
+def _open_run(config: Config, model: Model, data: Prepared) -> Run:
+    """The run that a config describes."""
+    return Run(
+        model,
+        config.make_estimator(),
+        config.make_optimizer(),
+        directory=config.directory,
+        key=jax.random.key(config.seed),
+        rounding=config.make_rounding(),
+        loss=data.loss,
+        config=config.as_json(),
+        may_grow=config.may_grow(),
+        max_skipped=config.max_skipped,
+        tensorboard=config.tensorboard,
+    )
 
 
 def _evaluate_best(config: Config, data: Prepared, console: Console) -> dict[str, float]:
@@ -248,7 +254,7 @@ class _Display:
         )
         self._task: TaskID = self._progress.add_task("train", total=config.steps, completed=done, numbers="")
         self._total, self._tokens = config.steps, 0
-        self._shown = (time.monotonic(), done)
+        self._shown = time.monotonic()
 
     def __enter__(self) -> "_Display":
         self._progress.start()
@@ -259,8 +265,7 @@ class _Display:
 
     def show(self, info: StepInfo) -> None:
         """Shows a step, unless another was shown less than 0.2 s ago."""
-        then, _ = self._shown
-        elapsed = time.monotonic() - then
+        elapsed = time.monotonic() - self._shown
         self._tokens += info.tokens
         if self._progress.disable or (elapsed < 0.2 and info.step < self._total):
             return
@@ -268,4 +273,4 @@ class _Display:
         rate, self._tokens = self._tokens / elapsed, 0
         numbers = f"loss {float(info.loss):.3f}  |g| {g:8.3g}  {rate:,.0f} tokens/s"
         self._progress.update(self._task, completed=info.step, numbers=numbers)
-        self._shown = (time.monotonic(), info.step)
+        self._shown = time.monotonic()

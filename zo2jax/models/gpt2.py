@@ -10,8 +10,7 @@ from flax import nnx
 
 from zo2jax.models.decoder import Decoder, read_hub, write_hub
 from zo2jax.models.heads import CausalLM
-from zo2jax.models.layers import Batch, Cache, LayerNorm, Linear, attend, positions_of
-from zo2jax.models.layers import Embed as TokenEmbed
+from zo2jax.models.layers import Batch, Cache, LayerNorm, Linear, PositionEmbed, attend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +64,7 @@ class Gpt2Config(Decoder):
 
     def make_embed(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
         """Token and position embedding."""
-        return Embed(self, dtype, rngs)
+        return PositionEmbed((self.vocabulary, self.size), (self.context, self.size), dtype, rngs)
 
     def make_layer(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
         """Attention and MLP."""
@@ -89,20 +88,6 @@ class Gpt2Config(Decoder):
     def transposed(self, name: str) -> bool:
         """All matrices within layers: GPT-2's files keep them (n_in, n_out)."""
         return name.startswith("layers.")
-
-
-class Embed(nnx.Module):
-    """``weight`` [vocabulary, size] plus ``positions`` [context, size]."""
-
-    def __init__(self, config: Gpt2Config, dtype: Any, rngs: nnx.Rngs):
-        """Draws from N(0, 0.02^2)."""
-        self.weight = TokenEmbed(config.vocabulary, config.size, dtype, rngs).weight
-        self.positions = TokenEmbed(config.context, config.size, dtype, rngs).weight
-
-    def __call__(self, carry: None, batch: Batch) -> jax.Array:
-        """Ids [b, t] -> float32 [b, t, size]."""
-        positions = self.positions[...][positions_of(batch)].astype(jnp.float32)
-        return self.weight[...][batch["ids"]].astype(jnp.float32) + positions
 
 
 class Layer(nnx.Module):

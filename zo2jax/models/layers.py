@@ -1,6 +1,7 @@
 """Layers shared by the models. Matrices are kept (n_out, n_in), as in Hugging Face files, and used as x W^T."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,28 @@ class Embed(nnx.Module):
         In 16 bits its rounding would drown the difference of two losses.
         """
         return self.weight[...][batch["ids"]].astype(jnp.float32)
+
+
+class PositionEmbed(nnx.Module):
+    """Token embedding ``weight`` [vocabulary, token_size] plus learned ``positions`` [context + offset, size].
+
+    Where the widths differ, tokens are projected to ``size`` first. The first ``offset`` positions are never used.
+    """
+
+    def __init__(
+        self, tokens: tuple[int, int], positions: tuple[int, int], dtype: jnp.dtype, rngs: nnx.Rngs, *, offset: int = 0
+    ):
+        """Draws from N(0, 0.02^2); ``tokens`` and ``positions`` are (rows, width)."""
+        self.offset, (count, width), (context, size) = offset, tokens, positions
+        make = partial(Linear, bias=False, dtype=dtype, rngs=rngs)
+        self.weight, self.positions = make(width, count).weight, make(size, context + offset).weight
+        self.project = make(width, size) if width != size else None
+
+    def __call__(self, carry: None, batch: Batch) -> jax.Array:
+        """Ids [b, t] -> float32 [b, t, size]."""
+        x = self.weight[...][batch["ids"]].astype(jnp.float32)
+        x = x if self.project is None else self.project(x, dtype=x.dtype)
+        return x + self.positions[...][positions_of(batch) + self.offset].astype(jnp.float32)
 
 
 class RMSNorm(nnx.Module):

@@ -8,8 +8,7 @@ import jax
 from flax import nnx
 
 from zo2jax.models.decoder import Decoder, read_hub, write_hub
-from zo2jax.models.layers import Batch, Cache, LayerNorm, Linear, attend, positions_of
-from zo2jax.models.layers import Embed as TokenEmbed
+from zo2jax.models.layers import Batch, Cache, LayerNorm, Linear, PositionEmbed, attend
 
 _OFFSET = 2
 """Rows of the position embedding before the first position, never used."""
@@ -88,7 +87,8 @@ class OptConfig(Decoder):
 
     def make_embed(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
         """Token and position embedding."""
-        return Embed(self, dtype, rngs)
+        tokens, positions = (self.vocabulary, self.token_size), (self.context, self.size)
+        return PositionEmbed(tokens, positions, dtype, rngs, offset=_OFFSET)
 
     def make_layer(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
         """Attention and MLP."""
@@ -120,23 +120,6 @@ class OptConfig(Decoder):
         for ours, theirs in norms.items() if self.affine else ():
             names |= {f"{ours}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias")}
         return names
-
-
-class Embed(nnx.Module):
-    """``weight`` [vocabulary, token_size], projected to the model's width if needed, plus ``positions``."""
-
-    def __init__(self, config: OptConfig, dtype: Any, rngs: nnx.Rngs):
-        """Draws from N(0, 0.02^2)."""
-        make = partial(Linear, bias=False, dtype=dtype, rngs=rngs)
-        self.weight = TokenEmbed(config.vocabulary, config.token_size, dtype, rngs).weight
-        self.positions = make(config.size, config.context + _OFFSET).weight
-        self.project = make(config.token_size, config.size) if config.token_size != config.size else None
-
-    def __call__(self, carry: None, batch: Batch) -> jax.Array:
-        """Ids [b, t] -> float32 [b, t, size]."""
-        x = self.weight[...][batch["ids"]].astype("float32")
-        x = x if self.project is None else self.project(x, dtype=x.dtype)
-        return x + self.positions[...][positions_of(batch) + _OFFSET].astype(x.dtype)
 
 
 class Attention(nnx.Module):

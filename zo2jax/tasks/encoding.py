@@ -238,35 +238,46 @@ def make_batch(rows: Sequence[Row | Input], *, context: int, rows_to: int = 0) -
 
 @dataclass(frozen=True)
 class _Item:
-    """An example in tokens; without rows, one that fills up."""
+    """An example in tokens; without inputs, one that fills up."""
 
-    rows: tuple[Row, ...] = ()
+    inputs: tuple[Input, ...] = ()
     label: int = -1
     answers: tuple[str, ...] = ()
 
 
+def _encode_candidates(model: Any, task: Task, examples: Sequence[Fields]) -> tuple[list[_Item], int, bool]:
+    """(the examples, the most candidates of one, whether those of each example share one input)."""
+    labels, options = [], []
+    for example in examples:
+        labels.append(task.candidates_of(example).index(task.gold_text(example)))
+        options.append(encode_options(model, task, example))
+    together = [one for rows in options if (one := shared_input(rows))]
+    shared = len(together) == len(options)
+    inputs = [(one,) for one in together] if shared else [tuple(map(own_input, rows)) for rows in options]
+    return list(map(_Item, inputs, labels)), max(map(len, options)), shared
+
+
 def _encode_item(model: Any, task: Task, example: Fields, objective: str) -> _Item:
-    if objective == "candidates":
-        label = task.candidates_of(example).index(task.gold_text(example))
-        return _Item(tuple(encode_options(model, task, example)), label)
     if objective == "tokens":
-        return _Item((encode_target(model, task, example),))
+        return _Item((own_input(encode_target(model, task, example)),))
     if task.candidates is None:
         answers = task.answers_of(example)
     else:
         answers = tuple(task.candidates_of(example)[i].strip() for i in sorted(task.gold_of(example)))
-    return _Item((Row(encode_prompt(model, task, example, tokens=task.tokens), 0),), answers=answers)
+    return _Item((Input(encode_prompt(model, task, example, tokens=task.tokens), (), ()),), answers=answers)
 
 
 @dataclass(frozen=True)
 class _Encoded:
     """All examples of a task in tokens, and how some of them become a batch."""
 
-    items: tuple[_Item, ...]
+    items: Sequence[_Item]
     objective: str
     context: int
-    shared: bool
-    """Whether the candidates of each example share one input."""
+    width: int = 1
+    """The most candidates of an example."""
+    shared: bool = True
+    """Whether each example is one input."""
 
     @classmethod
     def make(cls, model: Any, task: Task, examples: Sequence[Fields], objective: str) -> "_Encoded":
@@ -274,23 +285,22 @@ class _Encoded:
             raise ValueError(f"objective={objective!r}: expected 'candidates', 'tokens' or 'generated'")
         if not examples:
             raise ValueError("no examples: expected at least one")
-        items = tuple(_encode_item(model, task, example, objective) for example in examples)
-        shared = objective == "candidates" and all(shared_input(item.rows) for item in items)
-        return cls(items, objective, model.config.context, shared)
+        if objective == "candidates":
+            items, width, shared = _encode_candidates(model, task, examples)
+            return cls(items, objective, model.config.context, width, shared)
+        items = [_encode_item(model, task, example, objective) for example in examples]
+        return cls(items, objective, model.config.context)
 
     def batch(self, items: Sequence[_Item], count: int) -> Batch:
         """The items, filled up to ``count``, each with as many rows as the largest of all."""
         items = [*items, *[_Item()] * (count - len(items))]
-        width = max(len(item.rows) for item in self.items)
-        rows: list[Row | Input] = []
-        for item in items:
-            one = shared_input(item.rows) if self.shared and item.rows else None
-            rows += [one or FILLER] if self.shared else [*item.rows, *[FILLER] * (width - len(item.rows))]
-        batch = make_batch(rows, context=self.context)
+        each = 1 if self.shared else self.width
+        inputs = [one for item in items for one in (*item.inputs, *[FILLER] * (each - len(item.inputs)))]
+        batch = make_batch(inputs, context=self.context)
         if self.objective == "candidates":
             for name in ("positions", "targets", "weights") if self.shared else ():
-                batch[name] = batch[name][:, :width]
-            weights = batch["weights"].reshape(len(items), width, -1)
+                batch[name] = batch[name][:, : self.width]
+            weights = batch["weights"].reshape(len(items), self.width, -1)
             return batch | {"weights": weights, "labels": np.array([item.label for item in items], np.int32)}
         if self.objective == "generated":
             texts = [list(item.answers) for item in items]

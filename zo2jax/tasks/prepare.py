@@ -1,6 +1,5 @@
 """From a config to what a run needs of its data: batches, held-out batches, a loss, and a way to score the result."""
 
-import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from zo2jax.config import Config, ConfigError
+from zo2jax.config import Config, ConfigError, run_file
 from zo2jax.models.model import Model
 from zo2jax.models.tokenizers import ChatTemplate
 from zo2jax.objectives import Generated, error_rate
@@ -147,14 +146,7 @@ def resolve_task(name: str, model: Model) -> Task:
     path = Path(f"{file}.py").expanduser()
     if not path.is_file():
         raise ConfigError(f"task={name}: no file at {path}")
-    spec = importlib.util.spec_from_file_location(f"zo2jax_task_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ConfigError(f"{path} does not run ({type(error).__name__}: {error})") from error
-    tasks = {key: value for key, value in vars(module).items() if isinstance(value, Task)}
+    tasks = {key: value for key, value in vars(run_file(path)).items() if isinstance(value, Task)}
     if wanted and wanted not in tasks:
         raise ConfigError(f"{path} has no task {wanted!r}; it has {', '.join(tasks) or 'none'}")
     if not wanted and len(tasks) != 1:
