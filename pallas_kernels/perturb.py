@@ -22,6 +22,8 @@ plgpu: Any = mosaic_gpu  # untyped, like the next: kernels need more of it than 
 _log2: Any = getattr(lax, "log2", None)
 
 _TILES = (512, 256, 128)  # groups of four weights in one program: the first that divides the array
+ALIGNMENT = _TILES[0] * bits.GROUP
+"""Arrays that lie in a page (`perturb_in_page`) begin at multiples of so many elements."""
 _THREADS = 128
 _TOGETHER = 8  # probes whose sums over several directions are kept in registers at once
 
@@ -35,6 +37,8 @@ class _Plan(NamedTuple):
     pair: bits.WordMap
     rounding: Rounding
     implementation: str
+    in_page: tuple[int, ...] | None = None
+    """The array's shape if it lies in a page, at the tile that the origin's third number says."""
 
 
 def perturb(
@@ -86,6 +90,77 @@ def perturb(
     if implementation is not None:
         return _mosaic(plan, origin, w, terms, probes)
     return lax.platform_dependent(origin, w, terms, probes, cuda=partial(_mosaic, plan), default=partial(_xla, plan))
+
+
+def perturb_in_page(
+    page: jax.Array,
+    offset: int,
+    shape: tuple[int, ...],
+    terms: Terms | None = None,
+    probes: Probes | None = None,
+    *,
+    pair: bits.WordMap = bits.normal_pair,
+    rounding: Rounding = bits.round_to_nearest,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """`perturb` for an array that lies in a page: (page with the array moved, members [M, *shape] or None).
+
+    Args:
+        page: one axis, a multiple of `ALIGNMENT` long. Its memory is reused where the caller's program lets go of it:
+            nothing but the array is read or written.
+        offset: of the array's first element, a multiple of `ALIGNMENT`. What lies between its end and the next such
+            multiple is unspecified afterwards.
+        shape: of the array.
+        terms: as in `perturb`, like the rest.
+        probes: the probes, or None.
+        pair: the distribution of z.
+        rounding: of updates of 16-bit weights.
+        implementation: None, or one by name.
+
+    Raises:
+        ValueError: for an array that does not lie in the page, or is not aligned.
+        NotImplementedError: as in `perturb`.
+
+    >>> key = jnp.zeros((1, 2), jnp.uint32)
+    >>> probes = Probes(key, jnp.array([[1.0]]))
+    >>> page, members = perturb_in_page(jnp.zeros(4096), 2048, (2, 4), probes=probes, pair=bits.rademacher_pair)
+    >>> bool((members == perturb(jnp.zeros((2, 4)), probes=probes, pair=bits.rademacher_pair)[1]).all())
+    True
+    """
+    size = math.prod(shape)
+    if page.ndim != 1 or page.size % ALIGNMENT or offset % ALIGNMENT or not 0 <= offset <= page.size - size:
+        raise ValueError(
+            f"an array {list(shape)} at {offset} of a page {list(page.shape)}: expected multiples of {ALIGNMENT}, "
+            "and the array within the page"
+        )
+    where, origin = reference.address(shape, None)
+    options: dict[str, Any] = {"pair": pair, "rounding": rounding, "implementation": implementation}
+    ragged = where.groups * bits.GROUP != where.columns
+    chosen = choose("perturb", implementation, f"{shape} has 2**34 elements or more" if size >= 1 << 34 else None)
+    if chosen == "xla" or ragged or not size or (terms is None and probes is None):
+        return _sliced(page, offset, shape, terms, probes, options)
+    _check(page, terms, probes)
+    plan = _Plan(where, True, pair, rounding, chosen, in_page=shape)
+    origin = jnp.append(origin, np.uint32(offset // ALIGNMENT))
+    if implementation is not None:
+        return _launch(plan, origin, page, terms, probes)
+    return lax.platform_dependent(
+        origin,
+        page,
+        terms,
+        probes,
+        cuda=partial(_launch, plan),
+        default=lambda _, page, terms, probes: _sliced(page, offset, shape, terms, probes, options),
+    )
+
+
+def _sliced(
+    page: jax.Array, offset: int, shape: tuple[int, ...], terms: Terms | None, probes: Probes | None, options: Any
+) -> tuple[jax.Array, jax.Array | None]:
+    """By way of a copy of the array, where no kernel can work in the page."""
+    w = lax.slice(page, (offset,), (offset + math.prod(shape),)).reshape(shape)
+    moved, members = perturb(w, terms, probes, **options)
+    return (page if terms is None else lax.dynamic_update_slice(page, moved.reshape(-1), (offset,))), members
 
 
 def _check(w: jax.Array, terms: Terms | None, probes: Probes | None) -> None:
@@ -161,18 +236,22 @@ def _mosaic(
 def _launch(
     plan: _Plan, origin: jax.Array, w: jax.Array, terms: Terms | None, probes: Probes | None
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Brings the array into the form [programs, groups, 4] and launches the kernel.
+    """Brings the array (or its page) into the form [programs, groups, 4] and launches the kernel.
 
     That form costs nothing, unless rows are no multiple of four columns or the array none of 512 elements: those are
-    padded, which takes a copy.
+    padded, which takes a copy. In a page there is room for it.
     """
     rows, columns, before = plan.where.row_count, plan.where.columns, plan.where.lead
     width, groups = plan.where.groups * bits.GROUP, rows * plan.where.groups
-    padded = -(-groups // _TILES[-1]) * _TILES[-1]
+    shape = w.shape if plan.in_page is None else plan.in_page
+    step = _TILES[-1 if plan.in_page is None else 0]
+    padded = -(-groups // step) * step
     tile = next(t for t in _TILES if padded % t == 0)
     tiled = (padded // tile, tile, bits.GROUP)
 
     def pack(x: jax.Array) -> jax.Array:
+        if plan.in_page is not None:
+            return x.reshape(-1, *tiled[1:])
         if width != columns:
             x = jnp.pad(x.reshape(rows, columns), ((0, 0), (before, width - columns - before)))
         return jnp.pad(x.reshape(-1), (0, (padded - groups) * bits.GROUP)).reshape(tiled)
@@ -182,7 +261,7 @@ def _launch(
         x = x.reshape(*lead, -1)[..., : groups * bits.GROUP]
         if width != columns:
             x = x.reshape(*lead, rows, width)[..., before : before + columns]
-        return x.reshape(*lead, *w.shape)
+        return x.reshape(*lead, *shape)
 
     members = None if probes is None else jax.ShapeDtypeStruct((probes.matrix.shape[0], *tiled), w.dtype)
     kernel = plgpu.kernel(
@@ -198,7 +277,9 @@ def _launch(
         return w, unpack(out)
     in_place = jax.new_ref(pack(w))
     out = kernel(in_place, origin, terms, probes)
-    return unpack(jax.freeze(in_place)), (None if members is None else unpack(out[0]))
+    moved = jax.freeze(in_place)
+    moved = unpack(moved) if plan.in_page is None else moved.reshape(w.shape)
+    return moved, None if members is None else unpack(out[0])
 
 
 def _body(plan: _Plan, w_ref: Any, origin: Any, terms: Any, probes: Any, *outputs: Any) -> None:
@@ -210,6 +291,7 @@ def _body(plan: _Plan, w_ref: Any, origin: Any, terms: Any, probes: Any, *output
     of_groups = of_weights.reduce(1)
     first = np.zeros(2, np.uint32) if plan.whole else origin
     program = lax.axis_index("program")
+    slot = program + origin[2].astype(program.dtype) if plan.in_page is not None else program
     index = plgpu.broadcasted_iota(jnp.uint32, (tile,), 0, layout=of_groups) + (program * tile).astype(jnp.uint32)
     local = index // np.uint32(plan.where.groups)
     group = index - local * np.uint32(plan.where.groups) + first[1]
@@ -228,10 +310,10 @@ def _body(plan: _Plan, w_ref: Any, origin: Any, terms: Any, probes: Any, *output
         return plgpu.layout_cast(jnp.zeros((tile, bits.GROUP), jnp.float32), of_weights)
 
     pair = _BY_HARDWARE.get(plan.pair, plan.pair) if plan.implementation == "mosaic" else plan.pair
-    wide = plgpu.load(w_ref.at[program], layout=of_weights, optimized=False).astype(jnp.float32)
+    wide = plgpu.load(w_ref.at[slot], layout=of_weights, optimized=False).astype(jnp.float32)
     if terms is not None:
         wide = _updated(wide, terms, dtype, plan.rounding, partial(drawn, pair), drawn, zeros)
-        w_ref[program] = wide.astype(dtype)
+        w_ref[slot] = wide.astype(dtype)
     if probes is not None:
         _write_probes(wide, probes, outputs[0], program, partial(drawn, pair), zeros)
 

@@ -11,7 +11,7 @@ from families import CONFIGS, MAIN, PAD, make_model, make_reference, optimizatio
 
 import zo2jax as zo
 from zo2jax.models.blocks import owned_shapes
-from zo2jax.models.generation import continuations, greedy, nucleus, sampling, visits
+from zo2jax.models.generation import continuations, greedy, nucleus, sampling
 from zo2jax.models.llama import LlamaConfig
 
 NEW = 24
@@ -52,8 +52,7 @@ def continued(model, prompts, tokens=NEW, **options):
     def finished(row, new):
         return new[-1] in model.config.stop_ids
 
-    visit = visits(model.blocks, model.params)
-    return continuations(visit, model.blocks, (ids, lengths), tokens, finished, **options)
+    return continuations(model.visits(), model.blocks, (ids, lengths), tokens, finished, **options)
 
 
 def test_greedy_tokens_are_those_of_transformers(pair):
@@ -118,7 +117,7 @@ def test_finished_is_asked_of_live_rows_only():
         return (row, len(new)) in {(0, 3), (1, 1), (2, 4)}
 
     ids, lengths = np.ones((3, 4), np.int32), np.array([4, 2, 3])
-    rows = continuations(visits(model.blocks, model.params), model.blocks, (ids, lengths), 9, finished)
+    rows = continuations(model.visits(), model.blocks, (ids, lengths), 9, finished)
     assert [len(row) for row in rows] == [3, 1, 4]
     assert asked == [(0, 1), (1, 1), (2, 1), (0, 2), (2, 2), (0, 3), (2, 3), (2, 4)]
 

@@ -9,7 +9,8 @@ import pytest
 
 import zo2jax as zo
 from zo2jax import stream
-from zo2jax.models.generation import continuations, visits
+from zo2jax.models.blocks import visits
+from zo2jax.models.generation import continuations
 from zo2jax.models.gpt2 import Gpt2Config
 from zo2jax.models.layers import attention, cudnn_applies, linear
 from zo2jax.models.llama import LlamaConfig
@@ -110,8 +111,8 @@ def test_a_run_moves_the_weights_like_the_plain_step(tmp_path):
         for _ in range(3):
             expected = zo.apply_update(expected, run.step(batch).update, ids_of_leaves)
         jax.tree.map(np.testing.assert_array_equal, run.model.params, expected)
-    leaf = expected["layers.0"]["mlp"]["up"]["weight"]
-    assert np.mean(np.asarray(leaf) != np.asarray(model.params["layers.0"]["mlp"]["up"]["weight"])) > 0.01
+    leaf = expected["layers.0.mlp"]["up"]["weight"]
+    assert np.mean(np.asarray(leaf) != np.asarray(model.params["layers.0.mlp"]["up"]["weight"])) > 0.01
 
 
 def test_a_visit_needs_the_probes_of_one_leaf(tmp_path):
@@ -120,13 +121,13 @@ def test_a_visit_needs_the_probes_of_one_leaf(tmp_path):
     ids = zo.mezo(model.loss, estimator, zo.sgd(1.0)).init(model.params, jax.random.key(0)).leaf_ids
     sweep = Sweep(model.blocks, ids, jax.tree.structure(model.params), zo.normal, zo.stochastic)
     update = zo.Update(jax.random.split(jax.random.key(0), 1), jnp.zeros(1), jnp.zeros(()))
-    layer = model.params["layers.0"]
+    layer = model.params["layers.0.mlp"]
     tokens = jnp.zeros((1, 16), jnp.int32)
     compiled = stream._visit.lower(
-        sweep.kinds[1],
+        sweep.kinds[2],
         layer,
         {},
-        sweep._ids["layers.0"],
+        sweep._ids["layers.0.mlp"],
         update,
         update.keys,
         jnp.asarray(estimator.probes),

@@ -283,7 +283,7 @@ def test_export_overwrites_nothing(tmp_path):
     assert_same(make_model("tied"), zo.load(hub.export(make_model("tied"), tmp_path / "empty")))
 
 
-@pytest.mark.parametrize("failing", ["save_file", "json.dumps"])
+@pytest.mark.parametrize("failing", ["Writer", "Writer.write", "json.dumps"])
 def test_an_export_that_fails_leaves_nothing(failing, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "_SHARD_SIZE", "2KB")
     monkeypatch.setattr(f"zo2jax.models.hub.{failing}", fail)

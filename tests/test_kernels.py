@@ -12,7 +12,7 @@ import pytest
 from jax.extend.random import threefry_2x32
 
 from pallas_kernels import bench, bits, implementations, specs
-from pallas_kernels.perturb import perturb
+from pallas_kernels.perturb import ALIGNMENT, perturb, perturb_in_page
 from pallas_kernels.reference import Probes, Shard, Terms
 
 RNG = np.random.default_rng(20251103)
@@ -121,6 +121,34 @@ def test_stochastic_rounding_takes_its_bits_from_the_first_key(implementation):
     expected = (np.asarray(wide).view(np.uint32) + np.where(second, word & 0xFFFF, word >> 16)) >> 16
     rounded, _ = run(w, terms, rounding=bits.round_stochastically, implementation=implementation)
     np.testing.assert_array_equal(np.asarray(rounded).view(np.uint16), expected)
+
+
+@each_implementation
+@pytest.mark.parametrize("shape", [(4, 512), (2, 3, 8), (5, 129)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_in_a_page_as_on_its_own(implementation, shape, dtype):
+    size, offset = int(np.prod(shape)), 2 * ALIGNMENT
+    page = weights((6 * ALIGNMENT,), dtype)
+    options = {"rounding": bits.round_stochastically, "implementation": implementation}
+    terms, probes = random_terms(1, 2), random_probes(2, 1)
+    on_its_own = run(page[offset : offset + size].reshape(shape), terms, probes, **options)
+    after = jax.jit(partial(perturb_in_page, offset=offset, shape=shape, **options))
+    moved, members = after(page, terms=terms, probes=probes)
+    assert_same_bits((moved[offset : offset + size].reshape(shape), members), on_its_own)
+    room = -(-size // ALIGNMENT) * ALIGNMENT
+    assert_same_bits(moved[:offset], page[:offset])
+    assert_same_bits(moved[offset + room :], page[offset + room :])
+    same, only_probes = after(moved, terms=None, probes=probes)
+    assert_same_bits((same, only_probes), (moved, members))
+    only_moved, none = after(page, terms=terms, probes=None)
+    assert none is None
+    assert_same_bits(only_moved[offset : offset + size], moved[offset : offset + size])
+
+
+@pytest.mark.parametrize(("offset", "length"), [(100, 4096), (2048, 4096), (0, 4095)])
+def test_an_array_that_does_not_lie_in_its_page_is_refused(offset, length):
+    with pytest.raises(ValueError, match="multiples of 2048"):
+        perturb_in_page(jnp.zeros(length), offset, (3, 1000), random_terms(1, 1))
 
 
 # --- against one another ----------------------------------------------------------------------------------------------

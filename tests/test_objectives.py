@@ -205,6 +205,6 @@ def test_logits_of_a_model_with_a_loss_stay_logits():
     model = CONFIG.init(jax.random.key(0))
     changed = model.with_loss(weighted_squares)
     batch = {"ids": jnp.ones((1, 4), jnp.int32), "scale": jnp.ones(1)}
-    total, count = forward(changed.blocks, model.params, batch)
+    total, count = forward(model.visits(changed.blocks), changed.blocks, batch)
     assert float(count) == 1
     assert float(total) == pytest.approx(float(jnp.mean(jnp.square(model.logits(batch["ids"])))), rel=1e-6)

@@ -23,9 +23,9 @@ from rich.table import Table
 from pallas_kernels.specs import MODELS, Spec
 from zo2jax.estimators import two_point
 from zo2jax.mezo import mezo
-from zo2jax.models.blocks import forward
+from zo2jax.models.blocks import forward, owned_shapes
 from zo2jax.models.decoder import Decoder
-from zo2jax.models.generation import continuations, visits
+from zo2jax.models.generation import continuations
 from zo2jax.models.llama import LlamaConfig
 from zo2jax.models.model import Model
 from zo2jax.models.opt import OptConfig
@@ -114,11 +114,11 @@ def _steps(what: str, model: Model, batch: Any) -> Iterator[Callable[[], Any]]:
     estimator, optimizer = two_point(1e-3), sgd(1e-6)
     with ExitStack() as stack:
         if what == "forward":
-            yield lambda: [forward(model.blocks, model.params, batch) for _ in range(2)]
+            yield lambda: [forward(model.visits(), model.blocks, batch) for _ in range(2)]
         elif what == "generate":
             ids = np.asarray(batch["ids"])
             prompts = (ids, np.full(len(ids), ids.shape[1], np.int32))
-            visit = visits(model.blocks, model.params)
+            visit = model.visits()
             yield lambda: continuations(visit, model.blocks, prompts, _NEW_TOKENS, lambda row, written: False)
         elif what == "run":
             directory = stack.enter_context(tempfile.TemporaryDirectory())
@@ -152,7 +152,7 @@ def measure(what: str, shape: str, layers: int | None, work: Work) -> dict[str, 
         "shape": shape,
         "layers": model.config.layers,
         "parameters": model.parameter_count,
-        "weights_gib": sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) / 2**30,
+        "weights_gib": sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(owned_shapes(model.blocks))) / 2**30,
     }
     with _steps(what, model, batch) as step:
         del model

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zo2jax.models.generation import Visit
+from zo2jax.models.blocks import Visit
 from zo2jax.models.heads import candidate_scores
 from zo2jax.models.layers import Batch, token_losses
 from zo2jax.models.model import Model, generate_texts

@@ -18,8 +18,7 @@ from zo2jax.directions import step_keys
 from zo2jax.estimators import Estimator
 from zo2jax.metrics import Metrics, write_atomically
 from zo2jax.mezo import Info, State, conclude, mezo
-from zo2jax.models.blocks import forward
-from zo2jax.models.generation import visits
+from zo2jax.models.blocks import forward, owned_shapes, visits
 from zo2jax.models.hub import export
 from zo2jax.models.layers import Batch
 from zo2jax.models.model import Model
@@ -253,7 +252,8 @@ class Run:
         """
         self.flush()
         if self._generated is None:
-            loss = mean_loss(partial(forward, self._sweep.blocks), self._state.params, batches)
+            blocks = self._sweep.blocks
+            loss = mean_loss(partial(forward, visits(blocks, self._state.params), blocks), batches)
         else:
             visit = visits(self._model.blocks, self._state.params)
             sums = [self._generated.sums(self._model, visit, batch) for batch in batches]
@@ -276,7 +276,8 @@ class Run:
         """
         self.flush()
         loss = self._eval_loss.get(self._done)
-        self._snapshots.save(self._state, {} if loss is None or not np.isfinite(loss) else {"eval/loss": loss})
+        metrics = {} if loss is None or not np.isfinite(loss) else {"eval/loss": loss}
+        self._snapshots.save(self._state._replace(params={}), self._state.params.items(), metrics)
 
     def export(self, folder: str | Path) -> Path:
         """Writes the present weights as a Hugging Face folder; see `zo2jax.models.hub.export`."""
@@ -310,8 +311,11 @@ class Run:
             self._sweep.apply(self._state.params, update)
 
     def _restored(self, like: State, step: int) -> State:
+        shapes = owned_shapes(self._model.blocks)
         try:
-            return self._snapshots.restore(like, step)
+            state = self._snapshots.restore(like._replace(params={}), step)
+            params = {name: jax.device_put(self._snapshots.block(step, name, shapes[name])) for name in like.params}
+            return state._replace(params=params)
         except ValueError as error:
             self._snapshots.close()
             raise ValueError(
@@ -347,13 +351,13 @@ def _conclude(
     return info, opt_state, step + 1
 
 
-def mean_loss(loss_sum: Callable[..., Any], params: Any, batches: Iterable[Any]) -> float:
-    """Sum of losses over sum of counts, in nats per token; ``loss_sum`` is `Model.loss_sum`, jitted.
+def mean_loss(loss_sum: Callable[[Any], tuple[Any, Any]], batches: Iterable[Any]) -> float:
+    """Sum of losses over sum of counts, in nats per token for language models; ``loss_sum(batch)`` gives both.
 
-    >>> mean_loss(lambda params, batch: (params * batch, batch), 0.5, [1.0, 2.0])
+    >>> mean_loss(lambda batch: (0.5 * batch, batch), [1.0, 2.0])
     0.5
     """
-    return _ratio([loss_sum(params, jax.device_put(batch)) for batch in batches])
+    return _ratio([loss_sum(jax.device_put(batch)) for batch in batches])
 
 
 def _ratio(sums: Sequence[tuple[Any, Any]]) -> float:

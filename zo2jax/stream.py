@@ -14,8 +14,7 @@ import numpy as np
 from jax import lax
 
 from zo2jax.directions import Direction
-from zo2jax.models.blocks import Block, Kind, Params, kinds, tied_leaves, with_tied
-from zo2jax.models.generation import Visit
+from zo2jax.models.blocks import Block, Kind, Params, Visit, kinds, tied_leaves, with_tied
 from zo2jax.models.layers import Batch, Cache
 from zo2jax.updates import Rounding, Update, move
 
@@ -93,7 +92,7 @@ class Sweep:
     >>> model = config.init(jax.random.key(0))
     >>> sweep = Sweep(model.blocks, leaf_ids(model.params), jax.tree.structure(model.params), normal, stochastic)
     >>> len(sweep.kinds), len(set(sweep.kinds))
-    (4, 3)
+    (6, 4)
     """
 
     def __init__(

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from zo2jax.checkpoint import Snapshots
 from zo2jax.config import Config, ConfigError, load_config
 from zo2jax.metrics import read_metrics, write_atomically
-from zo2jax.models.blocks import forward
+from zo2jax.models.blocks import forward, owned_shapes
 from zo2jax.models.hub import load
 from zo2jax.models.model import Model
 from zo2jax.run import Run, StepInfo, mean_loss
@@ -153,7 +153,8 @@ def trained_model(directory: str | Path, *, best: bool = False) -> tuple[int, Mo
         step = snapshots.best if best else snapshots.last
         if step is None:
             raise FileNotFoundError(f"{directory} has no checkpoint{' with a held-out loss' if best else ''} yet")
-        return step, model.replace(snapshots.restore_params(model.params, step))
+        shapes = owned_shapes(model.blocks)
+        return step, model.replace({n: jax.device_put(snapshots.block(step, n, s)) for n, s in shapes.items()})
     finally:
         snapshots.close()
 
@@ -177,7 +178,7 @@ def evaluate(target: str, overrides: Sequence[str] = (), *, best: bool = False) 
     if data.evaluate is not None:
         evaluation = _evaluated(data, model, Console(stderr=True))
         return step, evaluation.metrics, str(evaluation)
-    loss = mean_loss(partial(forward, model.blocks), model.params, data.held_out)
+    loss = mean_loss(partial(forward, model.visits(), model.blocks), data.held_out)
     return step, {"loss": loss}, f"held-out loss {loss:.4f} {data.unit}"
 
 

@@ -133,18 +133,9 @@ def move(
     True
     """
     leaves, treedef = jax.tree.flatten(params)
-    terms = probes = None
-    if update is not None:
-        count = len(leaves)
-        coefs, decay = bits.cut12(update.coefs)[None], bits.cut12(update.decay)[None]
-        terms = Terms(
-            _leaf_keys(update.keys, leaf_ids)[:, None],
-            jnp.broadcast_to(coefs, (count, *coefs.shape)),
-            jnp.broadcast_to(decay, (count, *decay.shape)),
-        )
-    if keys is not None and matrix is not None:
-        matrix = bits.cut12(matrix)
-        probes = Probes(_leaf_keys(keys, leaf_ids), jnp.broadcast_to(matrix, (len(leaves), *matrix.shape)))
+    if not leaves:
+        return params, None if matrix is None else params
+    terms, probes = by_leaf(leaf_ids, update, keys, matrix)
     moved = list(leaves)
     members = [w if probes is None else jnp.broadcast_to(w, (probes.matrix.shape[1], *jnp.shape(w))) for w in leaves]
     for group in _together(leaves):
@@ -156,6 +147,31 @@ def move(
             moved[i], members[i] = w, probed
     probed = None if probes is None else jax.tree.unflatten(treedef, members)
     return jax.tree.unflatten(treedef, moved), probed
+
+
+def by_leaf(
+    leaf_ids: jax.Array, update: Update | None, keys: jax.Array | None = None, matrix: jax.Array | None = None
+) -> tuple[Terms | None, Probes | None]:
+    """What `pallas_kernels.perturb` is told of each leaf: terms and probes whose arrays have the leaves in front.
+
+    >>> terms, probes = by_leaf(jnp.arange(3, dtype=jnp.uint32), None, jax.random.split(jax.random.key(0), 1),
+    ...                         jnp.ones((2, 1)))
+    >>> terms, probes.keys.shape, probes.matrix.shape
+    (None, (3, 1, 2), (3, 2, 1))
+    """
+    terms = probes = None
+    count = len(leaf_ids)
+    if update is not None:
+        coefs, decay = bits.cut12(update.coefs)[None], bits.cut12(update.decay)[None]
+        terms = Terms(
+            _leaf_keys(update.keys, leaf_ids)[:, None],
+            jnp.broadcast_to(coefs, (count, *coefs.shape)),
+            jnp.broadcast_to(decay, (count, *decay.shape)),
+        )
+    if keys is not None and matrix is not None:
+        matrix = bits.cut12(matrix)
+        probes = Probes(_leaf_keys(keys, leaf_ids), jnp.broadcast_to(matrix, (count, *matrix.shape)))
+    return terms, probes
 
 
 def _leaf_keys(keys: jax.Array, leaf_ids: jax.Array) -> jax.Array:

@@ -1,9 +1,9 @@
 """A model is a list of blocks: named stages, each with its own parameters and a pure ``apply``."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
@@ -20,7 +20,9 @@ class Block:
     ``aliases`` maps a leaf of this block to the leaf of another block that it shares, both as dotted names:
     ``{"weight": "embed.weight"}`` on a tied head. The structure (a Flax graph definition) is hashable, so equal
     blocks share one compiled program. ``caches``: whether the stage looks back at earlier tokens, and can keep their
-    keys and values. ``objective(module, carry, batch)`` stands in for the stage itself, such as a loss of its result.
+    keys and values. ``takes_weights``: whether its modules use their matrices only through `zo2jax.models.layers`, so
+    that a `Weight` may stand for one. ``objective(module, carry, batch)`` stands in for the stage itself, such as a
+    loss of its result.
 
     >>> Block.define("norm", lambda rngs: nnx.LayerNorm(4, rngs=rngs)).shapes["scale"].shape
     (4,)
@@ -31,6 +33,7 @@ class Block:
     shapes: Params = field(hash=False)
     aliases: dict[str, str] = field(default_factory=dict, hash=False)
     caches: bool = False
+    takes_weights: bool = False
     objective: Callable[[Callable[..., Any], Any, Batch], Any] | None = None
 
     @classmethod
@@ -47,19 +50,63 @@ class Block:
         return module(carry, batch) if self.objective is None else self.objective(module, carry, batch)
 
     def extend(self, params: Params, carry: Any, batch: Batch, cache: Cache | None) -> tuple[Any, Cache | None]:
-        """Like `apply`, for rows that go on where ``cache`` ends; see `zo2jax.models.layers.attend`."""
+        """Like `apply`, for rows that go on where ``cache`` ends; see `zo2jax.models.layers.attend`.
+
+        Without a cache, as for all blocks that do not keep one, it is `apply` and None.
+        """
         if cache is None:
             return self.apply(params, carry, batch), None
         return nnx.merge(self.graphdef, params)(carry, batch, cache)
 
 
-def get_leaf(params: Params, name: str) -> Any:
+class Source(Mapping[str, Params]):
+    """The parameters of blocks, read or made each time that they are asked for, and not kept.
+
+    Args:
+        readers: by block, a function that gives its leaves: nested dictionaries of NumPy or JAX arrays.
+
+    >>> source = Source({"norm": lambda: {"scale": jax.numpy.ones(4)}})
+    >>> list(source), source["norm"]["scale"].shape
+    (['norm'], (4,))
+    """
+
+    def __init__(self, readers: Mapping[str, Callable[[], Params]]):
+        """Reads nothing."""
+        self._readers = dict(readers)
+
+    def __getitem__(self, block: str) -> Params:
+        """Reads one block."""
+        return self._readers[block]()
+
+    def __contains__(self, block: object) -> bool:
+        """Whether there is such a block; reads nothing."""
+        return block in self._readers
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the blocks, in order."""
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        """How many blocks there are."""
+        return len(self._readers)
+
+
+def block_of(name: str, blocks: Iterable[str]) -> str:
+    """The block that a leaf of a dotted name belongs to.
+
+    >>> block_of("layers.1.attn.q.weight", ["layers.1.attn", "layers.11.attn"])
+    'layers.1.attn'
+    """
+    return max((block for block in blocks if name.startswith(block + ".")), key=len)
+
+
+def get_leaf(params: Mapping[str, Params], name: str) -> Any:
     """The leaf of a dotted name, the block's name first.
 
-    >>> get_leaf({"layers.0": {"attn": {"q": 1}}}, "layers.0.attn.q")
+    >>> get_leaf({"layers.0.attn": {"q": {"weight": 1}}}, "layers.0.attn.q.weight")
     1
     """
-    block = max((b for b in params if name.startswith(b + ".")), key=len)
+    block = block_of(name, params)
     leaf = params[block]
     for part in name[len(block) + 1 :].split("."):
         leaf = leaf[part]
@@ -110,7 +157,7 @@ def owned_shapes(blocks: Sequence[Block]) -> Params:
     return shapes
 
 
-def tied_leaves(block: Block, params: Params) -> Params:
+def tied_leaves(block: Block, params: Mapping[str, Params]) -> Params:
     """The leaves that a block shares with others, under their dotted names in this block; empty for most blocks.
 
     >>> block = Block.define("head", lambda rngs: nnx.LayerNorm(4, rngs=rngs), {"scale": "embed.weight"})
@@ -133,7 +180,7 @@ def with_tied(leaves: Params, tied: Params) -> Params:
     return leaves
 
 
-def run_blocks(blocks: Sequence[Block], params: Params, batch: Batch) -> Any:
+def run_blocks(blocks: Sequence[Block], params: Mapping[str, Params], batch: Batch) -> Any:
     """Carries a batch through all blocks; the last one's result: logits, or (loss sum, count) with targets."""
     carry = None
     for block in blocks:
@@ -165,24 +212,67 @@ def kinds(blocks: Sequence[Block]) -> list[Kind]:
     >>> kinds([])
     []
     """
-    return [_kind_of(replace(block, name="")) for block in blocks]
+    # Blocks made by `replace` share their parts: one hash for all layers.
+    known: dict[tuple[Any, ...], Kind] = {}
+    found = []
+    for block in blocks:
+        parts = (block.graphdef, block.shapes, block.aliases, block.objective)
+        same = (*map(id, parts), block.caches)
+        if same not in known:
+            known[same] = _kind_of(replace(block, name=""))
+        found.append(known[same])
+    return found
 
 
-@partial(jax.jit, static_argnums=0)
-def _forward(kind: Kind, leaves: Params, tied: Params, carry: Any, batch: Batch) -> Any:
-    return kind.block.apply(with_tied(leaves, tied), carry, batch)
+Visit = Callable[[Block, Any, Batch, Cache | None], tuple[Any, Cache | None]]
+"""Carries a batch one block further: (block, carry, batch, cache) -> (carry, cache)."""
 
 
-def forward(blocks: Sequence[Block], params: Params, batch: Batch) -> Any:
-    """Carries a batch through all blocks, without probes: the result of `run_blocks`, compiled block by block.
+@runtime_checkable
+class Stream(Protocol):
+    """Parameters that are somewhere else, such as those of a run, and carry batches through their blocks themselves.
+
+    >>> isinstance({}, Stream)
+    False
+    """
+
+    def visits(self, blocks: Sequence[Block]) -> Visit:
+        """The visit of these blocks, which hold the stream's parameters."""
+
+
+@partial(jax.jit, static_argnums=0, donate_argnames="cache")
+def _extend(kind: Kind, leaves: Params, tied: Params, carry: Any, batch: Batch, cache: Cache | None) -> Any:
+    return kind.block.extend(with_tied(leaves, tied), carry, batch, cache)
+
+
+def visits(blocks: Sequence[Block], params: Mapping[str, Params]) -> Visit:
+    """The visit of resident blocks, compiled once for each kind of block.
 
     >>> from zo2jax.models.llama import LlamaConfig
     >>> config = LlamaConfig(vocabulary=8, size=8, hidden=8, layers=2, heads=2, kv_heads=1, head_size=4, context=16)
     >>> model = config.init(jax.random.key(0))
-    >>> forward(model.blocks, model.params, {"ids": jax.numpy.array([[1, 2, 3]])}).shape
+    >>> visit = visits(model.blocks, model.params)
+    >>> visit(model.blocks[0], None, {"ids": jax.numpy.array([[1, 2]])}, None)[0].shape
+    (1, 2, 8)
+    """
+    kind_of = dict(zip((block.name for block in blocks), kinds(blocks), strict=True))
+
+    def visit(block: Block, carry: Any, batch: Batch, cache: Cache | None) -> tuple[Any, Cache | None]:
+        return _extend(kind_of[block.name], params[block.name], tied_leaves(block, params), carry, batch, cache)
+
+    return visit
+
+
+def forward(visit: Visit, blocks: Sequence[Block], batch: Batch) -> Any:
+    """Carries a batch through all blocks by visits: the result of `run_blocks`, compiled block by block.
+
+    >>> from zo2jax.models.llama import LlamaConfig
+    >>> config = LlamaConfig(vocabulary=8, size=8, hidden=8, layers=2, heads=2, kv_heads=1, head_size=4, context=16)
+    >>> model = config.init(jax.random.key(0))
+    >>> forward(model.visits(), model.blocks, {"ids": jax.numpy.array([[1, 2, 3]])}).shape
     (1, 3, 8)
     """
     carry = None
-    for block, kind in zip(blocks, kinds(blocks), strict=True):
-        carry = _forward(kind, params[block.name], tied_leaves(block, params), carry, batch)
+    for block in blocks:
+        carry, _ = visit(block, carry, batch, None)
     return carry

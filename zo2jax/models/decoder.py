@@ -1,6 +1,7 @@
 """What the configurations of all decoders share: their blocks, random weights, and names in Hugging Face files."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from zo2jax.models.blocks import Block
+from zo2jax.models.blocks import Block, Params, Source, del_leaf
 from zo2jax.models.heads import CausalLM, Classification, Head, HeadKind, QuestionAnswering
 from zo2jax.models.layers import Linear
 from zo2jax.models.model import Model
@@ -19,12 +20,12 @@ _LANGUAGE_MODEL = CausalLM()
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder(ABC):
-    """The shape of a decoder: embed, layers.0 .. layers.L-1, head. A family derives from it and says how each is made.
+    """The shape of a decoder: embed, then attention and MLP of each layer, head. A family says how each is made.
 
     >>> from zo2jax.models.llama import LlamaConfig
     >>> config = LlamaConfig(vocabulary=8, size=8, hidden=8, layers=1, heads=2, kv_heads=1, head_size=4, context=16)
     >>> [block.name for block in config.blocks()]
-    ['embed', 'layers.0', 'head']
+    ['embed', 'layers.0.attn', 'layers.0.mlp', 'head']
     """
 
     vocabulary: int
@@ -62,8 +63,12 @@ class Decoder(ABC):
         """The first block: (None, batch) -> float32 [b, t, size]."""
 
     @abstractmethod
-    def make_layer(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
-        """One layer: (x, batch, cache) -> x, or (x, cache) with a cache."""
+    def make_attention(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+        """A layer's first block, x + attention(norm(x)): (x, batch, cache=None) -> x, or (x, cache) with a cache."""
+
+    @abstractmethod
+    def make_mlp(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+        """A layer's second block, x + mlp(norm(x)): (x, batch) -> x."""
 
     @abstractmethod
     def make_finish(self, dtype: Any, rngs: nnx.Rngs) -> tuple[nnx.Module | None, Linear | None]:
@@ -97,27 +102,27 @@ class Decoder(ABC):
     def blocks(self, dtype: Any = jnp.float32) -> tuple[Block, ...]:
         """The model's blocks, with matrices of ``dtype``; no array is made."""
         dtype = jnp.dtype(dtype)
-        layer = Block.define("layers.0", partial(self.make_layer, dtype), caches=True)
+        attention = Block.define("attn", partial(self.make_attention, dtype), caches=True)
+        mlp = Block.define("mlp", partial(self.make_mlp, dtype))
         tied = {"weight": "embed.weight"} if self.shares_matrix else {}
         return (
             Block.define("embed", partial(self.make_embed, dtype)),
-            *(replace(layer, name=f"layers.{i}") for i in range(self.layers)),
+            *(replace(part, name=f"layers.{i}.{part.name}") for i in range(self.layers) for part in (attention, mlp)),
             Block.define("head", partial(self.make_head, dtype), tied),
         )
 
     def init(self, key: jax.Array, dtype: Any = jnp.float32) -> Model:
-        """A model with random weights: matrices from N(0, 0.02^2), norms of ones, biases of zeros."""
-        dtype, keys = jnp.dtype(dtype), jax.random.split(key, self.layers + 2)
+        """A model with random weights: matrices from N(0, 0.02^2), norms of ones, biases of zeros.
 
-        @partial(jax.jit, static_argnums=0)
-        def make(part: Any, key: jax.Array) -> Any:
-            return nnx.to_pure_dict(nnx.state(part(dtype, nnx.Rngs(params=key))))
-
-        params = {"embed": make(self.make_embed, keys[0]), "head": make(self.make_head, keys[1])}
-        params |= {f"layers.{i}": make(self.make_layer, keys[i + 2]) for i in range(self.layers)}
-        if self.shares_matrix:
-            del params["head"]["weight"]
-        return Model(self, self.blocks(dtype), params)
+        A block is made when it is asked for, each from a key of its own, which does not depend on how many there are.
+        """
+        dtype, blocks = jnp.dtype(dtype), self.blocks(dtype)
+        parts = {"embed": self.make_embed, "head": self.make_head, "attn": self.make_attention, "mlp": self.make_mlp}
+        readers: dict[str, Callable[[], Params]] = {}
+        for i, block in enumerate((blocks[0], blocks[-1], *blocks[1:-1])):
+            make = parts[block.name.split(".")[-1]]
+            readers[block.name] = partial(_made, make, dtype, tuple(block.aliases), jax.random.fold_in(key, i))
+        return Model(self, blocks, Source({block.name: readers[block.name] for block in blocks}))
 
     def hub_names(self) -> dict[str, str]:
         """Names of the leaves in this library -> names of the tensors in a Hugging Face file."""
@@ -125,6 +130,15 @@ class Decoder(ABC):
         if not self.shares_matrix:
             names |= {f"head.{leaf}": f"{self.head.hub}.{leaf}" for leaf in ("weight", "bias")[: 1 + self.head.bias]}
         return names
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _made(make: Callable[..., nnx.Module], dtype: Any, tied: tuple[str, ...], key: jax.Array) -> Params:
+    """Random leaves of a block, without those that it shares."""
+    leaves = nnx.to_pure_dict(nnx.state(make(dtype, nnx.Rngs(params=key))))
+    for name in tied:
+        del_leaf(leaves, name)
+    return leaves
 
 
 def read_hub(hub: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:

@@ -8,36 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zo2jax.models.blocks import Block, Kind, Params, kinds, tied_leaves, with_tied
+from zo2jax.models.blocks import Block, Visit
 from zo2jax.models.layers import Batch, Cache
-
-Visit = Callable[[Block, Any, Batch, Cache | None], tuple[Any, Cache | None]]
-"""Carries a batch one block further: (block, carry, batch, cache) -> (carry, cache)."""
 
 Choose = Callable[[jax.Array, int], jax.Array]
 """Picks tokens: (logits float32 [rows, vocabulary], how many were picked before) -> int32 [rows]."""
-
-
-@partial(jax.jit, static_argnums=0, donate_argnames="cache")
-def _extend(kind: Kind, leaves: Params, tied: Params, carry: Any, batch: Batch, cache: Cache | None) -> Any:
-    return kind.block.extend(with_tied(leaves, tied), carry, batch, cache)
-
-
-def visits(blocks: Sequence[Block], params: Params) -> Visit:
-    """The visit of resident blocks, compiled once for each kind of block.
-
-    >>> from zo2jax.models.llama import LlamaConfig
-    >>> config = LlamaConfig(vocabulary=8, size=8, hidden=8, layers=2, heads=2, kv_heads=1, head_size=4, context=16)
-    >>> model = config.init(jax.random.key(0))
-    >>> visits(model.blocks, model.params)(model.blocks[0], None, {"ids": jnp.array([[1, 2]])}, None)[0].shape
-    (1, 2, 8)
-    """
-    kind_of = dict(zip((block.name for block in blocks), kinds(blocks), strict=True))
-
-    def visit(block: Block, carry: Any, batch: Batch, cache: Cache | None) -> tuple[Any, Cache | None]:
-        return _extend(kind_of[block.name], params[block.name], tied_leaves(block, params), carry, batch, cache)
-
-    return visit
 
 
 @jax.jit
@@ -118,13 +93,20 @@ def continuations(
     caches every pass reads everything again: the same tokens, slower.
 
     Args:
-        visit: carries a batch through a block; see `visits`.
+        visit: carries a batch through a block; see `zo2jax.models.blocks.visits`.
         blocks: those of a language model.
         prompts: (ids int32 [rows, t], right-padded; lengths int32 [rows]).
         tokens: the most that a row is continued by.
         finished: ``(row, its new tokens) -> whether the row ends there``; called after each token.
         choose: picks the tokens: `greedy`, or `sampling`.
         cache: whether keys and values are kept.
+
+    >>> from zo2jax.models.llama import LlamaConfig
+    >>> config = LlamaConfig(vocabulary=8, size=8, hidden=8, layers=2, heads=2, kv_heads=1, head_size=4, context=16)
+    >>> model, prompts = config.init(jax.random.key(0)), (np.array([[1, 2, 3], [4, 5, 0]]), np.array([3, 2]))
+    >>> rows = continuations(model.visits(), model.blocks, prompts, 4, lambda row, written: len(written) > row)
+    >>> [len(row) for row in rows]
+    [1, 2]
     """
     ids, lengths = prompts
     written: list[list[int]] = [[] for _ in ids]

@@ -66,9 +66,13 @@ class Gpt2Config(Decoder):
         """Token and position embedding."""
         return PositionEmbed((self.vocabulary, self.size), (self.context, self.size), dtype, rngs)
 
-    def make_layer(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
-        """Attention and MLP."""
-        return Layer(self, dtype, rngs)
+    def make_attention(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+        """The first block of a layer."""
+        return Attention(self, dtype, rngs)
+
+    def make_mlp(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+        """The second block of a layer."""
+        return MLP(self, dtype, rngs)
 
     def make_finish(self, dtype: Any, rngs: nnx.Rngs) -> tuple[nnx.Module | None, Linear | None]:
         """The final norm."""
@@ -80,9 +84,9 @@ class Gpt2Config(Decoder):
         parts = {"head.norm": "transformer.ln_f"}
         for i in range(self.layers):
             ours, theirs = f"layers.{i}", f"transformer.h.{i}"
-            parts |= {f"{ours}.attn_norm": f"{theirs}.ln_1", f"{ours}.norm": f"{theirs}.ln_2"}
-            parts |= {f"{ours}.qkv": f"{theirs}.attn.c_attn", f"{ours}.out": f"{theirs}.attn.c_proj"}
-            parts |= {f"{ours}.fc1": f"{theirs}.mlp.c_fc", f"{ours}.fc2": f"{theirs}.mlp.c_proj"}
+            parts |= {f"{ours}.attn.norm": f"{theirs}.ln_1", f"{ours}.mlp.norm": f"{theirs}.ln_2"}
+            parts |= {f"{ours}.attn.qkv": f"{theirs}.attn.c_attn", f"{ours}.attn.o": f"{theirs}.attn.c_proj"}
+            parts |= {f"{ours}.mlp.fc1": f"{theirs}.mlp.c_fc", f"{ours}.mlp.fc2": f"{theirs}.mlp.c_proj"}
         return names | {f"{a}.{kind}": f"{b}.{kind}" for a, b in parts.items() for kind in ("weight", "bias")}
 
     def transposed(self, name: str) -> bool:
@@ -90,21 +94,32 @@ class Gpt2Config(Decoder):
         return name.startswith("layers.")
 
 
-class Layer(nnx.Module):
-    """x + attention(norm(x)), then x + fc2(gelu(fc1(norm(x))))."""
+class Attention(nnx.Module):
+    """x + attention(norm(x)), causal, with q, k and v in one matrix."""
 
     def __init__(self, config: Gpt2Config, dtype: Any, rngs: nnx.Rngs):
-        """Two norms, four matrices with biases."""
-        self.heads = config.heads
-        self.attn_norm, self.norm = (LayerNorm(config.size, config.norm_eps) for _ in range(2))
-        make = partial(Linear, bias=True, dtype=dtype, rngs=rngs)
-        self.qkv, self.out = make(config.size, 3 * config.size), make(config.size, config.size)
-        self.fc1, self.fc2 = make(config.size, config.hidden), make(config.hidden, config.size)
+        """Norm and two matrices with biases."""
+        self.heads, self.norm = config.heads, LayerNorm(config.size, config.norm_eps)
+        make = partial(Linear, config.size, bias=True, dtype=dtype, rngs=rngs)
+        self.qkv, self.o = make(3 * config.size), make(config.size)
 
     def __call__(self, x: jax.Array, batch: Batch, cache: Cache | None = None) -> Any:
         """X [b, t, size] -> the same; with a cache, (the same, the cache)."""
-        q, k, v = jnp.split(self.qkv(self.attn_norm(x)).reshape(*x.shape[:2], 3 * self.heads, -1), 3, axis=2)
+        q, k, v = jnp.split(self.qkv(self.norm(x)).reshape(*x.shape[:2], 3 * self.heads, -1), 3, axis=2)
         mixed, kept = attend(q, k, v, batch, cache)
-        x = x + self.out(mixed.reshape(x.shape), dtype=x.dtype)
-        x = x + self.fc2(jax.nn.gelu(self.fc1(self.norm(x)), approximate=True), dtype=x.dtype)
+        x = x + self.o(mixed.reshape(x.shape), dtype=x.dtype)
         return x if cache is None else (x, kept)
+
+
+class MLP(nnx.Module):
+    """x + fc2(gelu(fc1(norm(x))))."""
+
+    def __init__(self, config: Gpt2Config, dtype: Any, rngs: nnx.Rngs):
+        """Norm and two matrices with biases."""
+        self.norm = LayerNorm(config.size, config.norm_eps)
+        make = partial(Linear, bias=True, dtype=dtype, rngs=rngs)
+        self.fc1, self.fc2 = make(config.size, config.hidden), make(config.hidden, config.size)
+
+    def __call__(self, x: jax.Array, batch: Batch) -> jax.Array:
+        """X [b, t, size] -> the same."""
+        return x + self.fc2(jax.nn.gelu(self.fc1(self.norm(x)), approximate=True), dtype=x.dtype)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from zo2jax.models.blocks import Batch
-from zo2jax.models.layers import Linear, compute_dtype, cross_entropy, linear, token_losses
+from zo2jax.models.layers import Linear, compute_dtype, cross_entropy, linear, vocabulary_losses, weighted
 
 INPUTS = ("ids", "lengths", "positions")
 """What a model reads of a batch; the rest (targets, labels, ...) belongs to losses."""
@@ -25,10 +25,17 @@ class Head(nnx.Module):
 
     def outputs(self, x: jax.Array) -> jax.Array:
         """X [..., size] -> float32 [..., outputs]."""
+        return linear(*self._operands(x), dtype=jnp.float32)
+
+    def losses(self, x: jax.Array, targets: jax.Array) -> jax.Array:
+        """-log softmax(outputs)[target], float32 of the targets' shape, without all outputs at once."""
+        return vocabulary_losses(*self._operands(x), targets)
+
+    def _operands(self, x: jax.Array) -> tuple[jax.Array, Any, jax.Array | None]:
         for stage in (self.norm, self.project):
             x = x if stage is None else stage(x)
         weight, bias = self.weight[...], None if self.bias is None else self.bias[...]
-        return linear(x.astype(compute_dtype(weight.dtype)), weight, bias, dtype=jnp.float32)
+        return x.astype(compute_dtype(weight.dtype)), weight, bias
 
 
 class LanguageModelHead(Head):
@@ -46,11 +53,11 @@ class LanguageModelHead(Head):
             return self.outputs(_at_positions(x, batch))
         if "labels" in batch:
             return candidates(self.log_probs(x, batch), batch["weights"], batch["labels"])
-        return cross_entropy(self.outputs(_at_positions(x, batch)), batch["targets"], _weights(batch))
+        return weighted(self.losses(_at_positions(x, batch), batch["targets"]), _weights(batch))
 
     def log_probs(self, x: jax.Array, batch: Batch) -> jax.Array:
         """Log-probabilities of the targets, in nats, float32 [b, t or p]."""
-        return -token_losses(self.outputs(_at_positions(x, batch)), batch["targets"])
+        return -self.losses(_at_positions(x, batch), batch["targets"])
 
 
 class ClassificationHead(Head):

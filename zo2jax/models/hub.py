@@ -1,13 +1,12 @@
 """Hugging Face folders to models and back: config.json, (sharded) safetensors, tokenizer files."""
 
+import itertools
 import json
 import os
 import re
 import shutil
 import tempfile
-import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,14 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import nnx
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from zo2jax.models.blocks import Params, get_leaf, owned_shapes, set_leaf
+from zo2jax.models.blocks import Params, Source, block_of, get_leaf, owned_shapes, set_leaf
 from zo2jax.models.decoder import Decoder
 from zo2jax.models.gpt2 import Gpt2Config
 from zo2jax.models.heads import HeadKind
@@ -31,6 +27,7 @@ from zo2jax.models.llama import LlamaConfig
 from zo2jax.models.model import Model
 from zo2jax.models.opt import OptConfig
 from zo2jax.models.qwen3 import Qwen3Config
+from zo2jax.models.tensors import FLOATS, Tensor, Writer, byte_size, open_tensors
 from zo2jax.models.tokenizers import read_tokenizer
 
 CONFIGS: dict[str, type[Decoder]] = {c.model_type: c for c in (LlamaConfig, Qwen3Config, OptConfig, Gpt2Config)}
@@ -47,9 +44,7 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-_SHARD_SIZE = "5GB"
-
-Tensors = dict[str, Callable[[], np.ndarray]]
+_SHARD_SIZE = "2GB"
 
 
 def resolve(source: str | Path) -> Path:
@@ -102,146 +97,95 @@ def read_config(folder: Path) -> tuple[Any, dict[str, Any]]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights, from an index where there is one; safetensors before .bin."""
-    for stem in ("model.safetensors", "pytorch_model.bin"):
-        index, single = folder / f"{stem}.index.json", folder / stem
-        if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(
-                    f"{index} is no index of weight files ({error!r}): download or export it again"
-                ) from error
-            if missing := [n for n in names if not (folder / n).is_file()]:
-                raise FileNotFoundError(f"{index} names files that are not there: {', '.join(missing)}")
-            return [folder / n for n in names]
-        if single.is_file():
-            return [single]
-    raise FileNotFoundError(f"{folder} has no model.safetensors (or its index) and no pytorch_model.bin")
-
-
-def _bin_tensors(path: Path) -> Tensors:
-    try:
-        import torch
-    except ImportError as error:
-        raise ImportError(
-            f"{path} is a PyTorch file, and torch is not installed: pip install torch, or convert it to safetensors"
-        ) from error
-
-    def array(tensor: Any) -> np.ndarray:
-        if tensor.dtype == torch.bfloat16:
-            return tensor.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-        return tensor.contiguous().numpy()
-
-    try:  # files from before torch 1.6 are not zipped, and cannot be mapped
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch raises many kinds for damaged files
-        size = path.stat().st_size
-        raise ValueError(
-            f"{path} ({size} bytes) is truncated or no PyTorch weights file ({error}): download it again"
-        ) from error
-    return {name: partial(array, tensor) for name, tensor in state.items()}
-
-
-@contextmanager
-def open_tensors(folder: Path) -> Iterator[Tensors]:
-    """Tensor names -> functions that read one tensor through a memory map, over all weight files of a folder.
-
-    Raises:
-        FileNotFoundError: if there are no weight files, or an index names one that is not there.
-        ValueError: for a file that is truncated or no safetensors file.
-    """
-    tensors: Tensors = {}
-    with ExitStack() as stack:
-        for path in _weight_files(folder):
-            if path.suffix == ".bin":
-                tensors |= _bin_tensors(path)
-                continue
-            try:
-                handle = stack.enter_context(safe_open(path, framework="numpy"))
-            except SafetensorError as error:
-                size = path.stat().st_size
-                raise ValueError(
-                    f"{path} ({size} bytes) is truncated or no safetensors file ({error}): download or export it again"
-                ) from error
-            tensors |= {name: partial(handle.get_tensor, name) for name in handle.keys()}  # noqa: SIM118
-        yield tensors
-
-
 _NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|h\.\d+\.attn\.(masked_)?bias$|decoder\.version$")
 """Tensors that old files carry beside the weights: rotary frequencies, causal masks, a version number."""
 _PREFIXES = ("model.", "transformer.", "")
 _HEADS = ("lm_head.", "score.", "qa_outputs.")
 
 
-def _find(name: str, tensors: Tensors) -> str | None:
+def _find(name: str, tensors: Mapping[str, Tensor]) -> str | None:
     """The tensor of this name, or of the same under another class's prefix: files of bare backbones have none."""
     bare = next(name.removeprefix(p) for p in _PREFIXES if name.startswith(p))
     return next((n for n in (name, *(p + bare for p in _PREFIXES)) if n in tensors), None)
 
 
-def _new_head(config: Decoder, dtype: Any) -> dict[str, jax.Array]:
-    """A head for a new purpose: its matrix from N(0, 0.02^2), its bias of zeros."""
-    outputs = config.head.outputs(config.vocabulary)
-    rngs = nnx.Rngs(params=jax.random.key(0))
-    matrix = Linear(config.head_size_in, outputs, bias=config.head.bias, dtype=dtype, rngs=rngs)
-    made = {"head.weight": matrix.weight[...]}
-    return made if matrix.bias is None else made | {"head.bias": matrix.bias[...]}
+def match(config: Decoder, tensors: Mapping[str, Tensor], *, new_head: bool = False) -> dict[str, Tensor]:
+    """The tensor of each leaf, by the leaf's name; nothing is read.
 
-
-def read_params(config: Decoder, tensors: Tensors, dtype: Any, *, new_head: bool = False) -> Params:
-    """The parameters of a model, leaf by leaf; ``dtype`` None keeps each matrix as it is in the file.
-
-    One-dimensional leaves become float32. With ``new_head`` a head that the file lacks is made.
+    With ``new_head`` the file may lack the head, whose leaves are left out then.
 
     Raises:
         ValueError: naming every missing, unexpected and misshapen tensor at once.
+
+    >>> from zo2jax.demo import model_folder
+    >>> config, _ = read_config(model_folder())
+    >>> match(config, open_tensors(model_folder()))["layers.0.attn.q.weight"].shape
+    (128, 128)
     """
-    shapes = owned_shapes(config.blocks())
-    found = {ours: (theirs, _find(theirs, tensors)) for ours, theirs in config.hub_names().items()}
-    made: dict[str, jax.Array] = {}
-    if new_head and not config.shares_matrix and found["head.weight"][1] is None:
-        made = _new_head(config, dtype or jnp.float32)
-    missing = [theirs for ours, (theirs, name) in found.items() if name is None and ours not in made]
-    used = {name for _, name in found.values()}
+    shapes, names = owned_shapes(config.blocks()), config.hub_names()
+    found = {ours: _find(theirs, tensors) for ours, theirs in names.items()}
+    if new_head and not config.shares_matrix and found["head.weight"] is None:
+        found = {ours: name for ours, name in found.items() if ours not in ("head.weight", "head.bias")}
+    missing = [names[ours] for ours, name in found.items() if name is None]
+    used = set(found.values())
     other_heads = _HEADS if new_head else ("lm_head.",) * (config.shares_matrix or config.head.hub != "lm_head")
     unexpected = [n for n in tensors if n not in used and not _NOT_WEIGHTS.search(n) and not n.startswith(other_heads)]
-    params: Params = {block: {} for block in shapes}
+    matched = {ours: tensors[name] for ours, name in found.items() if name is not None}
     wrong = []
-    for ours, (theirs, name) in found.items():
-        if name is None and ours not in made:
-            continue
-        try:
-            array = made[ours] if name is None else tensors[name]()
-        except (SafetensorError, AttributeError, TypeError) as error:  # a dtype that NumPy lacks, such as float8
-            wrong.append(f"{theirs} cannot be read ({error})")
-            continue
-        array = array.T if array.ndim == 2 and config.transposed(ours) else array
+    for ours, tensor in matched.items():
         expected = get_leaf(shapes, ours).shape
-        if array.shape != expected:
-            wrong.append(f"{theirs} is {list(array.shape)}, expected {list(expected)}")
-        elif array.dtype not in (np.float32, np.float16, ml_dtypes.bfloat16):
-            wrong.append(f"{theirs} is {array.dtype}, expected float32, float16 or bfloat16")
-        elif not (missing or unexpected or wrong):
-            block = max((b for b in shapes if ours.startswith(b + ".")), key=len)
-            kept = jnp.float32 if array.ndim < 2 else dtype or array.dtype
-            set_leaf(params[block], ours[len(block) + 1 :], jnp.asarray(array).astype(kept))
+        expected = expected[::-1] if config.transposed(ours) else expected
+        if tensor.shape != expected:
+            wrong.append(f"{names[ours]} is {list(tensor.shape)}, expected {list(expected)}")
+        elif tensor.dtype not in FLOATS:
+            wrong.append(f"{names[ours]} is {tensor.dtype}, expected float32, float16 or bfloat16")
     problems = [f"missing: {', '.join(missing)}"] * bool(missing)
     problems += [f"unexpected: {', '.join(unexpected)}"] * bool(unexpected)
     problems += [f"wrong: {'; '.join(wrong)}"] * bool(wrong)
     if problems:
         raise ValueError("the weights do not fit config.json: " + "; ".join(problems))
-    return params
+    return matched
+
+
+def _new_head(config: Decoder, dtype: Any) -> Params:
+    """A head for a new purpose: its matrix from N(0, 0.02^2), its bias of zeros."""
+    outputs = config.head.outputs(config.vocabulary)
+    rngs = nnx.Rngs(params=jax.random.key(0))
+    matrix = Linear(config.head_size_in, outputs, bias=config.head.bias, dtype=dtype, rngs=rngs)
+    made = {"weight": matrix.weight[...]}
+    return made if matrix.bias is None else made | {"bias": matrix.bias[...]}
+
+
+def _source(config: Decoder, matched: Mapping[str, Tensor], dtype: np.dtype) -> Source:
+    """What reads the blocks: matrices in ``dtype``, one-dimensional leaves in float32."""
+    blocks = [block.name for block in config.blocks()]
+    new_head = "head.weight" not in matched and not config.shares_matrix
+    leaves: dict[str, dict[str, Callable[[], Any]]] = {block: {} for block in blocks}
+    for ours, tensor in matched.items():
+        block, is_matrix = block_of(ours, blocks), len(tensor.shape) > 1
+        kept = dtype if is_matrix else np.dtype(np.float32)
+        leaves[block][ours] = partial(tensor.array, kept, transposed=config.transposed(ours))
+
+    def read(block: str) -> Params:
+        params = _new_head(config, dtype) if block == "head" and new_head else {}
+        for ours, leaf in leaves[block].items():
+            set_leaf(params, ours[len(block) + 1 :], leaf())
+        return params
+
+    return Source({block: partial(read, block) for block in blocks})
 
 
 def load(source: str | Path, *, dtype: Any = None, head: HeadKind | None = None) -> Model:
     """Loads a model from a Hugging Face folder (or hub id): config.json, weights, tokenizer if it is there.
 
+    The weights are only looked at: their names, shapes and dtypes. They are read block by block, through a memory map
+    of the files (leave these as they are as long as the model is used), when ``model.source`` is asked for one, or all
+    at once by the first use of ``model.params``.
+
     Args:
         source: a local folder, or "org/name" where the hub can be reached.
-        dtype: of the matrices: "float32", "bfloat16" or "float16"; None keeps the file's. One-dimensional leaves
-            (norms, biases) are always float32.
+        dtype: of the matrices: "float32", "bfloat16" or "float16"; None keeps the file's, or takes float32 where
+            matrices differ. One-dimensional leaves (norms, biases) are always float32.
         head: what the model is for, where that is not what config.json says; for example
             ``zo.Classification(("negative", "positive"))``. What the file lacks of such a head is made: its matrix
             from N(0, 0.02^2).
@@ -261,33 +205,63 @@ def load(source: str | Path, *, dtype: Any = None, head: HeadKind | None = None)
     if dtype not in (None, jnp.float32, jnp.bfloat16, jnp.float16):
         raise ValueError(f"dtype is {dtype}, expected float32, bfloat16 or float16")
     try:
-        with open_tensors(folder) as tensors:
-            params = read_params(config, tensors, dtype, new_head=head is not None)
+        matched = match(config, open_tensors(folder), new_head=head is not None)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-    matrix_dtype = next(leaf.dtype for leaf in jax.tree.leaves(params) if leaf.ndim >= 2)
-    return Model(config, config.blocks(matrix_dtype), params, folder, read_tokenizer(folder, raw["model_type"]))
+    if dtype is None:
+        stored = {tensor.dtype for tensor in matched.values() if len(tensor.shape) > 1}
+        dtype = jnp.dtype(stored.pop() if len(stored) == 1 else jnp.float32)
+    tokenizer = read_tokenizer(folder, raw["model_type"])
+    return Model(config, config.blocks(dtype), _source(config, matched, dtype), folder, tokenizer)
 
 
-def _write(model: Model, folder: Path) -> None:
-    leaves = {ours: get_leaf(model.params, ours) for ours in model.config.hub_names()}
-    names = {
-        theirs: leaves[ours].T if leaves[ours].ndim == 2 and model.config.transposed(ours) else leaves[ours]
-        for ours, theirs in model.config.hub_names().items()
-    }
+def _write_weights(model: Model, folder: Path) -> None:
+    """Writes the weights, reading each block once and holding no other."""
+    shapes, config = owned_shapes(model.blocks), model.config
+    hub_names = config.hub_names()
+    members: dict[str, list[str]] = {block: [] for block in shapes}
+    for ours in hub_names:
+        members[block_of(ours, shapes)].append(ours)
+    tensors = {}
+    for ours in itertools.chain(*members.values()):  # block by block, so that few have leaves in two shards
+        leaf = get_leaf(shapes, ours)
+        shape = leaf.shape[::-1] if config.transposed(ours) else leaf.shape
+        tensors[hub_names[ours]] = jax.ShapeDtypeStruct(shape, leaf.dtype)
     split = split_state_dict_into_shards_factory(
-        names,
-        get_storage_size=lambda leaf: leaf.nbytes,
+        tensors,
+        get_storage_size=byte_size,
+        get_storage_id=lambda tensor: None,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=_SHARD_SIZE,
     )
-    os.umask(mask := os.umask(0))
-    for file, members in split.filename_to_tensors.items():
-        save_file({n: np.ascontiguousarray(names[n]) for n in members}, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o666 & ~mask)  # safetensors makes files that only their owner may read
+    writers = {
+        file: Writer(folder / file, {name: tensors[name] for name in names}, {"format": "pt"})
+        for file, names in split.filename_to_tensors.items()
+    }
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+    def write(block: str) -> None:
+        leaves = {block: model.source[block]}
+        for ours in members[block]:
+            name, array = hub_names[ours], _on_host(get_leaf(leaves, ours))
+            writers[split.tensor_to_filename[name]].write(name, array.T if config.transposed(ours) else array)
+
+    for block in filter(members.get, members):
+        write(block)
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    """A leaf as a NumPy array that goes when it is done with: JAX keeps that of an array as long as the array lives."""
+    if isinstance(leaf, jax.Array):
+        kind = next(iter(leaf.devices())).default_memory().kind
+        leaf = jax.device_put(leaf, leaf.sharding.with_memory_kind(kind), may_alias=False)
+    return np.asarray(leaf)
+
+
+def _write(model: Model, folder: Path) -> None:
+    _write_weights(model, folder)
     raw = model.config.to_hub()
     if model.folder is not None and (model.folder / "config.json").is_file():
         known, read = read_config(model.folder)
@@ -308,7 +282,8 @@ def export(model: Model, folder: str | Path) -> Path:
     """Writes a model as a Hugging Face folder that `load` and ``transformers`` read; returns the folder.
 
     Weights are written as they are (matrices in the model's dtype, one-dimensional leaves in float32), in shards
-    of at most 5 GB. The folder appears at once, complete, or not at all.
+    of at most 2 GB, block by block: each is read once, and no two are held. The folder appears at once, complete, or
+    not at all.
 
     Raises:
         FileExistsError: if ``folder`` exists and is not empty; nothing is overwritten.

@@ -1,7 +1,8 @@
 """Layers shared by the models. Matrices are kept (n_out, n_in), as in Hugging Face files, and used as x W^T."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +13,40 @@ Batch = Mapping[str, jax.Array]
 Cache = dict[str, jax.Array]
 
 
-def linear(
-    x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, dtype: jnp.dtype | None = None
-) -> jax.Array:
-    """x W^T + b, accumulated in float32: x [..., n_in], weight [n_out, n_in] -> [..., n_out] in ``dtype`` or x's.
+@runtime_checkable
+class Weight(Protocol):
+    """A matrix [n_out, n_in] that is not there as an array: a probe that is made while it is used, say.
+
+    It stands in the place of an array among a block's leaves; `linear`, `lookup` and `vocabulary_losses` take either.
+
+    >>> isinstance(jnp.ones((2, 2)), Weight)
+    False
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+    def __getitem__(self, key: Any) -> "Weight":
+        """Itself; what a Flax variable is asked for."""
+
+    def product(self, x: jax.Array, dtype: Any) -> jax.Array:
+        """X [..., n_in] -> x W^T [..., n_out] in ``dtype``, accumulated in float32."""
+
+    def rows(self, ids: jax.Array) -> jax.Array:
+        """The rows of these indices, [*ids.shape, n_in]."""
+
+    def slabs(self) -> Callable[[jax.Array, int], "Weight"]:
+        """A function that gives ``count`` rows from ``start``, which may be traced, as a matrix."""
+
+
+def product(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
+    """x W^T for an array: x [..., n_in], weight [n_out, n_in] -> [..., n_out] in ``dtype``, accumulated in float32.
 
     Float32 operands are multiplied in full float32 on every device (no TF32): the two losses of a
     zeroth-order step differ by less than TF32 resolves.
 
-    >>> linear(jnp.ones((2, 3)), jnp.ones((4, 3))).tolist()[0]
-    [3.0, 3.0, 3.0, 3.0]
+    >>> product(jnp.ones((2, 3)), jnp.ones((4, 3)), jnp.float32).shape
+    (2, 4)
     """
     y = lax.dot_general(
         x,
@@ -30,7 +55,29 @@ def linear(
         precision=lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
+    return y.astype(dtype)
+
+
+def linear(
+    x: jax.Array, weight: jax.Array | Weight, bias: jax.Array | None = None, *, dtype: jnp.dtype | None = None
+) -> jax.Array:
+    """x W^T + b, accumulated in float32: x [..., n_in], weight [n_out, n_in] -> [..., n_out] in ``dtype`` or x's.
+
+    >>> linear(jnp.ones((2, 3)), jnp.ones((4, 3))).tolist()[0]
+    [3.0, 3.0, 3.0, 3.0]
+    """
+    wide = jnp.float32 if bias is not None else dtype or x.dtype
+    y = product(x, weight, wide) if isinstance(weight, jax.Array) else weight.product(x, wide)
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(dtype or x.dtype)
+
+
+def lookup(weight: jax.Array | Weight, ids: jax.Array) -> jax.Array:
+    """Rows of a matrix [n, size] as float32 [*ids.shape, size].
+
+    >>> lookup(jnp.eye(3), jnp.array([[2, 0]])).tolist()
+    [[[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]]
+    """
+    return (weight[ids] if isinstance(weight, jax.Array) else weight.rows(ids)).astype(jnp.float32)
 
 
 def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -70,7 +117,7 @@ class Embed(nnx.Module):
 
         In 16 bits its rounding would drown the difference of two losses.
         """
-        return self.weight[...][batch["ids"]].astype(jnp.float32)
+        return lookup(self.weight[...], batch["ids"])
 
 
 class PositionEmbed(nnx.Module):
@@ -90,9 +137,9 @@ class PositionEmbed(nnx.Module):
 
     def __call__(self, carry: None, batch: Batch) -> jax.Array:
         """Ids [b, t] -> float32 [b, t, size]."""
-        x = self.weight[...][batch["ids"]].astype(jnp.float32)
+        x = lookup(self.weight[...], batch["ids"])
         x = x if self.project is None else self.project(x, dtype=x.dtype)
-        return x + self.positions[...][positions_of(batch) + self.offset].astype(jnp.float32)
+        return x + lookup(self.positions[...], positions_of(batch) + self.offset)
 
 
 class RMSNorm(nnx.Module):
@@ -246,7 +293,16 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> 
     >>> round(float(total / count), 4)
     1.3863
     """
-    losses, weights = token_losses(logits, targets), weights.astype(jnp.float32)
+    return weighted(token_losses(logits, targets), weights)
+
+
+def weighted(losses: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(sum of weighted losses, sum of weights); what has no weight is left out, whatever it is.
+
+    >>> [float(x) for x in weighted(jnp.array([2.0, jnp.nan]), jnp.array([0.5, 0.0]))]
+    [1.0, 0.5]
+    """
+    weights = weights.astype(jnp.float32)
     return jnp.sum(jnp.where(weights != 0, losses * weights, 0.0)), jnp.sum(weights)
 
 
@@ -258,6 +314,60 @@ def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+_SLAB_LOGITS = 1 << 24
+_SLAB_ROWS = (512, 8192)
+
+
+def vocabulary_losses(
+    x: jax.Array, weight: jax.Array | Weight, bias: jax.Array | None, targets: jax.Array
+) -> jax.Array:
+    """-log softmax(x W^T + b)[target], in nats, float32 of the targets' shape; the logits never exist as a whole.
+
+    They are made slab by slab, so many rows of W at once, beside a running maximum and a running sum of exponentials
+    (Milakov and Gimelshein, arXiv 1805.02867, algorithm 3).
+
+    Args:
+        x: [..., size], in the dtype of the product.
+        weight: [vocabulary, size].
+        bias: [vocabulary], or None.
+        targets: int32 [...].
+
+    >>> x, w = jnp.ones((1, 2)), jnp.array([[1.0, 0.0], [0.0, 0.0], [2.0, 1.0]])
+    >>> round(float(vocabulary_losses(x, w, None, jnp.array([2]))[0]), 4)
+    0.1698
+    """
+    rows = weight.shape[0]
+    fewest, most = _SLAB_ROWS
+    State = tuple[jax.Array, jax.Array, jax.Array]
+    count = min(rows, max(fewest, min(most, _SLAB_LOGITS // max(1, targets.size) // fewest * fewest)))
+
+    cut: Callable[[Any, int], Any] = (
+        partial(lax.dynamic_slice_in_dim, weight) if isinstance(weight, jax.Array) else weight.slabs()
+    )
+
+    def logits_of(start: Any, count: int) -> jax.Array:
+        part = None if bias is None else lax.dynamic_slice_in_dim(bias, start, count)
+        return linear(x, cut(start, count), part, dtype=jnp.float32)
+
+    def further(state: State, start: Any, count: int) -> State:
+        highest, total, picked = state
+        logits = logits_of(start, count)
+        new = jnp.maximum(highest, jnp.max(logits, axis=-1))
+        total = total * jnp.exp(highest - new) + jnp.sum(jnp.exp(logits - new[..., None]), axis=-1)
+        at = targets - start
+        here = jnp.take_along_axis(logits, jnp.clip(at, 0, count - 1)[..., None], axis=-1)[..., 0]
+        return new, total, jnp.where((at >= 0) & (at < count), here, picked)
+
+    lowest = jnp.full(targets.shape, -1e30, jnp.float32)  # finite: no difference is inf - inf
+    state = (lowest, jnp.zeros_like(lowest), jnp.zeros_like(lowest))
+    whole = rows // count
+    state, _ = lax.scan(lambda s, i: (further(s, i * count, count), None), state, jnp.arange(whole, dtype=jnp.int32))
+    if rest := rows - whole * count:
+        state = further(state, jnp.int32(whole * count), rest)
+    highest, total, picked = state
+    return highest + jnp.log(total) - picked
 
 
 def realign(ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -108,9 +108,13 @@ class LlamaConfig(Decoder):
         """The token embedding."""
         return Embed(self.vocabulary, self.size, dtype, rngs)
 
-    def make_layer(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
-        """Attention and MLP."""
-        return Layer(self, dtype, rngs)
+    def make_attention(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+        """The first block of a layer."""
+        return Attention(self, dtype, rngs)
+
+    def make_mlp(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+        """The second block of a layer."""
+        return MLP(self, dtype, rngs)
 
     def make_finish(self, dtype: Any, rngs: nnx.Rngs) -> tuple[nnx.Module | None, Linear | None]:
         """The final norm."""
@@ -164,7 +168,7 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
 
 
 class Attention(nnx.Module):
-    """Pre-norm causal self-attention with grouped keys and values and rotary positions."""
+    """x + attention(norm(x)), causal, with grouped keys and values and rotary positions."""
 
     def __init__(self, config: LlamaConfig, dtype: Any, rngs: nnx.Rngs):
         """Norm, q, k, v, o."""
@@ -178,18 +182,19 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else None
 
-    def __call__(self, x: jax.Array, batch: Batch, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
-        """X [b, t, size] -> (the same, the cache)."""
+    def __call__(self, x: jax.Array, batch: Batch, cache: Cache | None = None) -> Any:
+        """X [b, t, size] -> the same; with a cache, (the same, the cache)."""
         h, size = self.norm(x), self.config.head_size
         q, k, v = (part(h).reshape(*h.shape[:2], -1, size) for part in (self.q, self.k, self.v))
         q, k = (y if norm is None else norm(y) for y, norm in ((q, self.q_norm), (k, self.k_norm)))
         positions, frequencies = positions_of(batch), jnp.asarray(rope_frequencies(self.config))
-        mixed, cache = attend(rotate(q, positions, frequencies), rotate(k, positions, frequencies), v, batch, cache)
-        return self.o(mixed.reshape(*x.shape[:2], -1), dtype=x.dtype), cache
+        mixed, kept = attend(rotate(q, positions, frequencies), rotate(k, positions, frequencies), v, batch, cache)
+        x = x + self.o(mixed.reshape(*x.shape[:2], -1), dtype=x.dtype)
+        return x if cache is None else (x, kept)
 
 
 class MLP(nnx.Module):
-    """Pre-norm SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+    """x + down(silu(gate(norm(x))) * up(norm(x))): SwiGLU (arXiv 2002.05202)."""
 
     def __init__(self, config: LlamaConfig, dtype: Any, rngs: nnx.Rngs):
         """Norm, gate, up, down."""
@@ -198,22 +203,7 @@ class MLP(nnx.Module):
         self.gate, self.up = make(config.size, config.hidden), make(config.size, config.hidden)
         self.down = make(config.hidden, config.size)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, batch: Batch) -> jax.Array:
         """X [b, t, size] -> the same."""
         h = self.norm(x)
-        return self.down(jax.nn.silu(self.gate(h)) * self.up(h), dtype=x.dtype)
-
-
-class Layer(nnx.Module):
-    """x + attention(x), then x + mlp(x)."""
-
-    def __init__(self, config: LlamaConfig, dtype: Any, rngs: nnx.Rngs):
-        """Attention and MLP."""
-        self.attn, self.mlp = Attention(config, dtype, rngs), MLP(config, dtype, rngs)
-
-    def __call__(self, x: jax.Array, batch: Batch, cache: Cache | None = None) -> Any:
-        """X [b, t, size] -> the same; with a cache, (the same, the cache)."""
-        mixed, kept = self.attn(x, batch, cache)
-        x = x + mixed
-        x = x + self.mlp(x)
-        return x if cache is None else (x, kept)
+        return x + self.down(jax.nn.silu(self.gate(h)) * self.up(h), dtype=x.dtype)

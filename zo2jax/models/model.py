@@ -1,6 +1,6 @@
 """A model: blocks and their parameters, with a configuration and a tokenizer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from zo2jax.models.blocks import Block, Params, forward, run_blocks
-from zo2jax.models.generation import Choose, Visit, continuations, greedy, visits
+from zo2jax.models.blocks import Block, Params, Stream, Visit, forward, owned_shapes, run_blocks, visits
+from zo2jax.models.generation import Choose, continuations, greedy
 from zo2jax.models.heads import Classification, LanguageModelHead, PerExample, QuestionAnswering
 from zo2jax.models.layers import Batch
 
@@ -22,8 +22,10 @@ _LOOK_BACK = 8
 class Model:
     """Blocks and their parameters, with the configuration and the tokenizer they came with.
 
-    ``params`` maps block names to nested dictionaries of arrays: matrices (n_out, n_in) in the model's dtype,
-    one-dimensional leaves in float32; tied matrices stand once. ``folder`` is where the model was loaded from.
+    ``source`` maps block names to nested dictionaries of arrays: matrices (n_out, n_in) in the model's dtype,
+    one-dimensional leaves in float32; tied matrices stand once. It is one of three: a dictionary, whose arrays are
+    there; a `zo2jax.models.blocks.Source`, which reads or makes a block when it is asked for; or the stream of a run,
+    which carries batches through its blocks itself. ``folder`` is where the model was loaded from.
 
     >>> from zo2jax.models.llama import LlamaConfig
     >>> config = LlamaConfig(vocabulary=8, size=8, hidden=8, layers=1, heads=2, kv_heads=1, head_size=4, context=16)
@@ -33,13 +35,30 @@ class Model:
 
     config: Any
     blocks: tuple[Block, ...]
-    params: Params
+    source: Mapping[str, Params]
     folder: Path | None = None
     tokenizer: Any = None
 
-    def replace(self, params: Params) -> "Model":
+    @property
+    def params(self) -> Params:
+        """All parameters by block, on the default device: put there the first time, and kept in place of the source."""
+        if not isinstance(self.source, dict):
+            params = {block.name: _on_device(self.source[block.name]) for block in self.blocks}
+            object.__setattr__(self, "source", params)  # so that copies with another head or tokenizer share the arrays
+        assert isinstance(self.source, dict)
+        return self.source
+
+    def visits(self, blocks: Sequence[Block] | None = None) -> Visit:
+        """What carries a batch through the blocks (or through these, which hold the same parameters).
+
+        The visits of a run's stream if the source is one; else those of resident parameters (`params`).
+        """
+        blocks = self.blocks if blocks is None else blocks
+        return self.source.visits(blocks) if isinstance(self.source, Stream) else visits(blocks, self.params)
+
+    def replace(self, source: Mapping[str, Params]) -> "Model":
         """The same model with other parameters."""
-        return replace(self, params=params)
+        return replace(self, source=source)
 
     def with_loss(self, loss: Callable[[Any, Batch], jax.Array]) -> "Model":
         """The same model with another loss: ``loss(what the head gives, batch) -> float32 [examples]``.
@@ -56,12 +75,12 @@ class Model:
     @property
     def dtype(self) -> np.dtype:
         """The dtype of the matrices."""
-        return next(leaf.dtype for leaf in jax.tree.leaves(self.params) if leaf.ndim >= 2)
+        return next(leaf.dtype for leaf in jax.tree.leaves(owned_shapes(self.blocks)) if leaf.ndim >= 2)
 
     @property
     def parameter_count(self) -> int:
         """How many parameters the model has, tied ones counted once."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        return sum(leaf.size for leaf in jax.tree.leaves(owned_shapes(self.blocks)))
 
     def check_tokens(self, length: int) -> None:
         """Raises ValueError if rows of ``length`` tokens do not fit the model's context."""
@@ -82,12 +101,13 @@ class Model:
             shapes = ", ".join(f"{name}{list(array.shape)}" for name, array in batch.items())
             raise ValueError(f"{shapes}: expected ids[batch, time] and lengths[batch]")
         self.check_tokens(ids.shape[1])
-        return forward(self.blocks, self.params, batch)
+        return forward(self.visits(), self.blocks, batch)
 
     def token_log_probs(self, batch: Batch) -> jax.Array:
         """Log-probabilities of ``targets`` in nats, float32 of their shape: [b, t], or [b, p] at ``positions``."""
         self.check_tokens(batch["ids"].shape[1])
-        return forward(self._with_objective(LanguageModelHead.log_probs).blocks, self.params, jax.device_put(batch))
+        blocks = self._with_objective(LanguageModelHead.log_probs).blocks
+        return forward(self.visits(blocks), blocks, jax.device_put(batch))
 
     def loss_sum(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """(sum of losses in nats, number of tokens or examples), float32; what the head says of the batch.
@@ -124,9 +144,20 @@ class Model:
             raise ValueError(f"the model from {self.folder} has no tokenizer, which texts need")
         several = [prompts] if isinstance(prompts, str) else prompts
         rows = [self.tokenizer.encode(p).ids if isinstance(p, str) else list(p) for p in several]
-        visit = visits(self.blocks, self.params)
-        texts = generate_texts(self, visit, rows, tokens, stop=stop, choose=choose, cache=cache)
+        texts = generate_texts(self, self.visits(), rows, tokens, stop=stop, choose=choose, cache=cache)
         return texts[0] if isinstance(prompts, str) else texts
+
+
+def _on_device(leaves: Params) -> Params:
+    """A block's leaves in the default device's own memory, when they are there: one block at a time is under way."""
+
+    def put(leaf: Any) -> jax.Array:
+        if not isinstance(leaf, jax.Array):
+            return jnp.array(leaf)  # a copy: arrays on the CPU would otherwise share the memory of a mapped file
+        kind = next(iter(leaf.devices())).default_memory().kind
+        return leaf if leaf.sharding.memory_kind == kind else jax.device_put(leaf, leaf.sharding.with_memory_kind(kind))
+
+    return jax.block_until_ready(jax.tree.map(put, leaves))
 
 
 def generate_texts(
@@ -143,7 +174,7 @@ def generate_texts(
     >>> import zo2jax
     >>> from zo2jax.demo import model_folder
     >>> model = zo2jax.load(model_folder())
-    >>> len(generate_texts(model, visits(model.blocks, model.params), [[5, 6], [7]], 3))
+    >>> len(generate_texts(model, model.visits(), [[5, 6], [7]], 3))
     2
     """
     if isinstance(head := getattr(model.config, "head", None), Classification | QuestionAnswering):

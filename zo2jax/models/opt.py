@@ -90,9 +90,13 @@ class OptConfig(Decoder):
         tokens, positions = (self.vocabulary, self.token_size), (self.context, self.size)
         return PositionEmbed(tokens, positions, dtype, rngs, offset=_OFFSET)
 
-    def make_layer(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
-        """Attention and MLP."""
-        return Layer(self, dtype, rngs)
+    def make_attention(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+        """The first block of a layer."""
+        return Attention(self, dtype, rngs)
+
+    def make_mlp(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+        """The second block of a layer."""
+        return MLP(self, dtype, rngs)
 
     def make_finish(self, dtype: Any, rngs: nnx.Rngs) -> tuple[nnx.Module | None, Linear | None]:
         """The final norm (all but the 350m), the projection to the tokens' width (the 350m)."""
@@ -109,12 +113,10 @@ class OptConfig(Decoder):
         norms = {"head.norm": f"{base}.final_layer_norm"} if self.final_norm else {}
         for i in range(self.layers):
             ours, theirs = f"layers.{i}", f"{base}.layers.{i}"
-            norms |= {
-                f"{ours}.attn_norm": f"{theirs}.self_attn_layer_norm",
-                f"{ours}.norm": f"{theirs}.final_layer_norm",
-            }
-            parts = {f"attn.{p}": f"self_attn.{p}_proj" for p in ("q", "k", "v", "out")} | {"fc1": "fc1", "fc2": "fc2"}
-            for part, their_part in parts.items():
+            norms[f"{ours}.attn.norm"] = f"{theirs}.self_attn_layer_norm"
+            norms[f"{ours}.mlp.norm"] = f"{theirs}.final_layer_norm"
+            parts = {f"attn.{p}": f"self_attn.{p}_proj" for p in "qkv"} | {"attn.o": "self_attn.out_proj"}
+            for part, their_part in (parts | {"mlp.fc1": "fc1", "mlp.fc2": "fc2"}).items():
                 for kind in ("weight", "bias") if self.biases else ("weight",):
                     names[f"{ours}.{part}.{kind}"] = f"{theirs}.{their_part}.{kind}"
         for ours, theirs in norms.items() if self.affine else ():
@@ -123,37 +125,37 @@ class OptConfig(Decoder):
 
 
 class Attention(nnx.Module):
-    """Causal self-attention."""
+    """x + attention(norm(x)), causal; the 350m: norm(x + attention(x))."""
 
     def __init__(self, config: OptConfig, dtype: Any, rngs: nnx.Rngs):
-        """Q, k, v, out."""
-        self.heads = config.heads
+        """Norm, q, k, v, o."""
+        self.heads, self.pre_norm = config.heads, config.pre_norm
+        self.norm = LayerNorm(config.size, affine=config.affine)
         make = partial(Linear, config.size, config.size, bias=config.biases, dtype=dtype, rngs=rngs)
-        self.q, self.k, self.v, self.out = make(), make(), make(), make()
-
-    def __call__(self, x: jax.Array, batch: Batch, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
-        """X [b, t, size] -> (the same, the cache)."""
-        q, k, v = (part(x).reshape(*x.shape[:2], self.heads, -1) for part in (self.q, self.k, self.v))
-        mixed, cache = attend(q, k, v, batch, cache)
-        return self.out(mixed.reshape(x.shape), dtype=x.dtype), cache
-
-
-class Layer(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); the 350m: norm(x + attention(x)), norm(x + mlp(x))."""
-
-    def __init__(self, config: OptConfig, dtype: Any, rngs: nnx.Rngs):
-        """Two norms, attention, two matrices."""
-        self.pre_norm = config.pre_norm
-        self.attn_norm, self.norm = (LayerNorm(config.size, affine=config.affine) for _ in range(2))
-        self.attn = Attention(config, dtype, rngs)
-        make = partial(Linear, bias=config.biases, dtype=dtype, rngs=rngs)
-        self.fc1, self.fc2 = make(config.size, config.hidden), make(config.hidden, config.size)
+        self.q, self.k, self.v, self.o = make(), make(), make(), make()
 
     def __call__(self, x: jax.Array, batch: Batch, cache: Cache | None = None) -> Any:
         """X [b, t, size] -> the same; with a cache, (the same, the cache)."""
-        mixed, kept = self.attn(self.attn_norm(x) if self.pre_norm else x, batch, cache)
-        x = x + mixed if self.pre_norm else self.attn_norm(x + mixed)
+        h = self.norm(x) if self.pre_norm else x
+        q, k, v = (part(h).reshape(*h.shape[:2], self.heads, -1) for part in (self.q, self.k, self.v))
+        mixed, kept = attend(q, k, v, batch, cache)
+        x = x + self.o(mixed.reshape(x.shape), dtype=x.dtype)
+        x = x if self.pre_norm else self.norm(x)
+        return x if cache is None else (x, kept)
+
+
+class MLP(nnx.Module):
+    """x + fc2(relu(fc1(norm(x)))); the 350m: norm(x + fc2(relu(fc1(x))))."""
+
+    def __init__(self, config: OptConfig, dtype: Any, rngs: nnx.Rngs):
+        """Norm and two matrices."""
+        self.pre_norm = config.pre_norm
+        self.norm = LayerNorm(config.size, affine=config.affine)
+        make = partial(Linear, bias=config.biases, dtype=dtype, rngs=rngs)
+        self.fc1, self.fc2 = make(config.size, config.hidden), make(config.hidden, config.size)
+
+    def __call__(self, x: jax.Array, batch: Batch) -> jax.Array:
+        """X [b, t, size] -> the same."""
         h = self.fc1(self.norm(x) if self.pre_norm else x)
-        y = x + self.fc2(jax.nn.relu(h), dtype=x.dtype)
-        y = y if self.pre_norm else self.norm(y)
-        return y if cache is None else (y, kept)
+        x = x + self.fc2(jax.nn.relu(h), dtype=x.dtype)
+        return x if self.pre_norm else self.norm(x)
