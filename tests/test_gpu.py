@@ -17,7 +17,6 @@ from zo2jax.models.llama import LlamaConfig
 from zo2jax.models.model import Model
 from zo2jax.models.opt import OptConfig
 from zo2jax.models.qwen3 import Qwen3Config
-from zo2jax.stream import Sweep
 
 pytestmark = [
     pytest.mark.gpu,
@@ -115,31 +114,29 @@ def test_a_run_moves_the_weights_like_the_plain_step(tmp_path):
     assert np.mean(np.asarray(leaf) != np.asarray(model.params["layers.0.mlp"]["up"]["weight"])) > 0.01
 
 
-def test_a_visit_needs_the_probes_of_one_leaf(tmp_path):
+def test_a_visit_needs_the_probes_of_one_leaf():
     """Beside the weights, which are changed in place; activations are small here."""
     model, estimator = wide_model(), zo.two_point(1e-3)
-    ids = zo.mezo(model.loss, estimator, zo.sgd(1.0)).init(model.params, jax.random.key(0)).leaf_ids
-    sweep = Sweep(model.blocks, ids, jax.tree.structure(model.params), zo.normal, zo.stochastic)
+    run = stream.Stream(model.blocks, model.source, zo.normal, zo.stochastic, zo.Plan())
     update = zo.Update(jax.random.split(jax.random.key(0), 1), jnp.zeros(1), jnp.zeros(()))
-    layer = model.params["layers.0.mlp"]
-    tokens = jnp.zeros((1, 16), jnp.int32)
-    compiled = stream._visit.lower(
-        sweep.kinds[2],
-        layer,
-        {},
-        sweep._ids["layers.0.mlp"],
+    tokens, number = jnp.zeros((1, 16), jnp.int32), 2
+    pages, rest = run._stores[number].upload(), run._rest[number]
+    compiled = stream._train.lower(
+        run._stages[number],
+        pages,
+        rest,
+        (),
+        run._ids[number],
         update,
-        update.keys,
-        jnp.asarray(estimator.probes),
+        (update.keys, jnp.asarray(estimator.probes)),
         jnp.zeros((2, 1, 16, 2048)),
         {"ids": tokens, "targets": tokens},
-        one_by_one=False,
         direction=zo.normal,
         rounding=zo.stochastic,
     ).compile()
     memory = compiled.memory_analysis()
-    largest = max(leaf.nbytes for leaf in jax.tree.leaves(layer))
-    assert memory.alias_size_in_bytes >= 0.99 * sum(leaf.nbytes for leaf in jax.tree.leaves(layer))
+    largest = max(place.size * 2 for _, place in run._stages[number].layout.matrices)
+    assert memory.alias_size_in_bytes >= 0.99 * run._stages[number].layout.nbytes
     assert memory.temp_size_in_bytes < 2.2 * largest
 
 

@@ -21,6 +21,8 @@ LAYERS = [
     {"updates", "estimators", "optimizers"},
     {"mezo"},
     {"models"},
+    {"pages"},
+    {"probes", "stores"},
     {"stream", "objectives", "metrics"},
     {"checkpoint", "run"},
     {"tasks", "config"},

@@ -13,7 +13,6 @@ import optax
 import pytest
 
 import zo2jax as zo
-from zo2jax import stream
 from zo2jax.checkpoint import Snapshots
 from zo2jax.metrics import read_metrics
 from zo2jax.tasks.text import HeldOut, TextBatches, load_text
@@ -131,26 +130,6 @@ def test_a_batch_that_does_not_fit_costs_nothing(setting, tmp_path, broken):
             with pytest.raises(Exception):  # noqa: B017 (whatever JAX says)
                 troubled.step(broken)
         assert_same(quiet, troubled)
-
-
-def test_members_together_or_one_by_one(setting):
-    """The weights are the same bits, and the carries equal within float32."""
-    model, batches, _ = setting
-    estimator = zo.averaged(zo.two_point(1e-2), 2)
-    ids = zo.mezo(model.loss, estimator, zo.sgd(1.0)).init(model.params, jax.random.key(0)).leaf_ids
-    keys = jax.random.split(jax.random.key(1), 2)
-    update = zo.Update(keys, jnp.array([1e-3, -2e-3]), jnp.float32(0.01))
-    results, visit = [], stream._visit
-    for one_by_one in (True, False):
-        sweep = stream.Sweep(model.blocks, ids, jax.tree.structure(model.params), zo.normal, zo.stochastic)
-        params = jax.tree.map(jnp.copy, model.params)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(stream, "_visit", lambda *a, _b=one_by_one, **k: visit(*a, **k | {"one_by_one": _b}))
-            sums = sweep.train(params, update, keys, jnp.asarray(estimator.probes), jax.device_put(batches[0]))
-        results.append((params, sums))
-    jax.tree.map(np.testing.assert_array_equal, results[0][0], results[1][0])
-    np.testing.assert_allclose(results[0][1][0], results[1][1][0], rtol=1e-5)
-    assert results[0][1][0].shape == (4,) and len(set(np.asarray(results[0][1][0]).tolist())) == 4
 
 
 def test_averaged_and_tied_and_masked(tiny_folder, tmp_path):

@@ -18,13 +18,13 @@ from zo2jax.directions import step_keys
 from zo2jax.estimators import Estimator
 from zo2jax.metrics import Metrics, write_atomically
 from zo2jax.mezo import Info, State, conclude, mezo
-from zo2jax.models.blocks import forward, owned_shapes, visits
+from zo2jax.models.blocks import Source, forward, owned_shapes
 from zo2jax.models.hub import export
 from zo2jax.models.layers import Batch
 from zo2jax.models.model import Model
 from zo2jax.objectives import Generated
 from zo2jax.optimizers import Optimizer, as_optimizer
-from zo2jax.stream import Sweep
+from zo2jax.stream import Plan, Stream
 from zo2jax.updates import Rounding, Update, stochastic
 
 Loss = Callable[[Any, Batch], jax.Array] | Generated
@@ -90,9 +90,9 @@ class Run:
     """Trains a model in a directory, and goes on where an earlier run in the same directory stopped.
 
     The directory holds ``config.json``, ``metrics.jsonl`` (one JSON object a line) and ``checkpoints``. The model's
-    arrays are left as they are, and copied block by block in the first step: drop the model then, and there is never a
-    second one in memory; `model` gives the trained one at any time. The same calls with the same directory resume,
-    to the same weights as if nothing had happened.
+    source (`zo2jax.load` reads nothing before it is asked) is read block by block into the tiers of the plan, so that
+    there is never a second model in memory; `model` gives the trained one at any time. The same calls with the same
+    directory resume, to the same weights as if nothing had happened.
 
     Args:
         model: from `zo2jax.load`.
@@ -100,6 +100,7 @@ class Run:
         optimizer: ``zo.sgd(...)``, or an optax transformation of the projected gradients.
         directory: where the run lives; made if it is not there.
         key: ``jax.random.key(seed)``.
+        plan: where the model's blocks live; on the device if None. It changes no weights, and may be another on resume.
         rounding: how updates of 16-bit matrices are rounded.
         config: what describes the run; compared with config.json on resume. A description of the arguments if None.
         loss: what is trained on instead of the model's own loss: ``fn(what the head gives, batch) -> float32
@@ -133,6 +134,7 @@ class Run:
         *,
         directory: str | Path,
         key: jax.Array,
+        plan: Plan | None = None,
         rounding: Rounding = stochastic,
         loss: Loss | None = None,
         config: Mapping[str, Any] | None = None,
@@ -143,9 +145,10 @@ class Run:
         """Opens the directory; restores the newest checkpoint if there is one."""
         optimizer = as_optimizer(optimizer)
         bare = model.replace({})  # what is kept, without the untrained weights
+        shapes = owned_shapes(model.blocks)
         self._generated = loss if isinstance(loss, Generated) else None
         trained = bare if loss is None or isinstance(loss, Generated) else bare.with_loss(loss)
-        state = mezo(bare.loss, estimator, optimizer, rounding=rounding).init(model.params, key)
+        state = mezo(bare.loss, estimator, optimizer, rounding=rounding).init(shapes, key)._replace(params={})
         if config is None:
             config = {
                 "model": None if model.folder is None else str(model.folder.resolve()),
@@ -163,14 +166,16 @@ class Run:
             raise type(error)(f"the run directory {self.directory} cannot be written ({error})") from error
         self._model = bare
         self._snapshots = Snapshots(self.directory / "checkpoints")
+        source: Mapping[str, Any] = model.source
         if (last := self._snapshots.last) is not None:
-            self._state = self._restored(state, last)
-        else:
-            self._state = state._replace(params=dict(state.params))
-        structure = jax.tree.structure(self._state.params)
-        self._sweep = Sweep(
-            trained.blocks, self._state.leaf_ids, structure, estimator.direction, rounding, borrowed=last is None
-        )
+            state = self._restored(state, last)
+            source = Source({name: partial(self._snapshots.block, last, name, like) for name, like in shapes.items()})
+        self._state = state
+        plan = Plan() if plan is None else plan
+        try:
+            self._stream = Stream(trained.blocks, source, estimator.direction, rounding, plan, self.directory / "pages")
+        except ValueError as error:
+            raise self._misfit(last, error) from error
         self._matrix = jnp.asarray(estimator.probes)
         self._begin = jax.jit(partial(step_keys, count=estimator.directions))
         self._conclude = jax.jit(partial(_conclude, estimator, optimizer))
@@ -201,14 +206,15 @@ class Run:
 
     @property
     def state(self) -> State:
-        """The state of `zo2jax.mezo`, with every update applied; its arrays are reused by the next step."""
+        """The state of `zo2jax.mezo`, with every update applied; a copy, of the whole model."""
         self._catch_up()
-        return self._state._replace(params=dict(self._state.params))
+        return self._state._replace(params=dict(self._stream))
 
     @property
     def model(self) -> Model:
-        """The model with its present weights, every update applied; they are reused by the next step."""
-        return self._model.replace(self.state.params)
+        """The model with its present weights, every update applied; the run's own, read when asked for."""
+        self._catch_up()
+        return self._model.replace(self._stream)
 
     def remaining(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches that were not trained on yet; a sequence is indexed, anything else is skipped through."""
@@ -252,10 +258,9 @@ class Run:
         """
         self.flush()
         if self._generated is None:
-            blocks = self._sweep.blocks
-            loss = mean_loss(partial(forward, visits(blocks, self._state.params), blocks), batches)
+            loss = mean_loss(partial(forward, self._stream.visits(), self._stream.blocks), batches)
         else:
-            visit = visits(self._model.blocks, self._state.params)
+            visit = self._stream.visits(self._model.blocks)
             sums = [self._generated.sums(self._model, visit, batch) for batch in batches]
             loss = _ratio([(total[0], count[0]) for total, count in sums])
         self._eval_loss = {self._done: loss}
@@ -277,7 +282,7 @@ class Run:
         self.flush()
         loss = self._eval_loss.get(self._done)
         metrics = {} if loss is None or not np.isfinite(loss) else {"eval/loss": loss}
-        self._snapshots.save(self._state._replace(params={}), self._state.params.items(), metrics)
+        self._snapshots.save(self._state, self._stream.items(), metrics)
 
     def export(self, folder: str | Path) -> Path:
         """Writes the present weights as a Hugging Face folder; see `zo2jax.models.hub.export`."""
@@ -289,6 +294,7 @@ class Run:
         try:
             self.flush()
         finally:
+            self._stream.close()
             self._snapshots.close()
             self._metrics.close()
 
@@ -296,10 +302,10 @@ class Run:
         """(sums of losses, counts) of the members [M]; the weights have every update then."""
         if self._generated is not None:
             self._catch_up()
-            visit = self._sweep.visits(self._state.params, keys, self._matrix)
+            visit = self._stream.probe_visits((keys, self._matrix))
             return self._generated.sums(self._model, visit, batch, len(self._matrix))
         update, self._update = self._update, self._nothing
-        sums = self._sweep.train(self._state.params, update, keys, self._matrix, jax.device_put(batch))
+        sums = self._stream.train(update, (keys, self._matrix), jax.device_put(batch))
         if not isinstance(sums, tuple):
             raise ValueError(f"a batch of {sorted(batch)} has no loss: expected 'ids' and 'targets'")
         return sums
@@ -308,20 +314,22 @@ class Run:
         """Applies the update that the weights still lack."""
         update, self._update = self._update, self._nothing
         if update is not self._nothing:
-            self._sweep.apply(self._state.params, update)
+            self._stream.apply(update)
 
     def _restored(self, like: State, step: int) -> State:
-        shapes = owned_shapes(self._model.blocks)
         try:
-            state = self._snapshots.restore(like._replace(params={}), step)
-            params = {name: jax.device_put(self._snapshots.block(step, name, shapes[name])) for name in like.params}
-            return state._replace(params=params)
+            return self._snapshots.restore(like, step)
         except ValueError as error:
-            self._snapshots.close()
-            raise ValueError(
-                f"the checkpoint of step {step} in {self.directory} does not fit this model and optimizer ({error}): "
-                "use those that it was made with, or another directory"
-            ) from error
+            raise self._misfit(step, error) from error
+
+    def _misfit(self, step: int | None, error: ValueError) -> ValueError:
+        if step is None:
+            return error
+        self._snapshots.close()
+        return ValueError(
+            f"the checkpoint of step {step} in {self.directory} does not fit this model and optimizer ({error}): "
+            "use those that it was made with, or another directory"
+        )
 
     def _record(self, info: StepInfo | None) -> None:
         if info is None:

@@ -1,191 +1,394 @@
-"""Sweeps: carries go through the blocks of a model one block at a time, in one compiled program per kind of block.
+"""The stream: carries go through the blocks of a model, and the blocks through the device.
 
-A visit of a training sweep applies the last step's update to a block, makes the probes of the new weights from the same
-read, and takes all members of the population one block further; what it leaves behind are the block's weights and the
-carries. So the memory it needs is that of one block's largest leaf, M times, whatever the size of the model.
+One loop serves training, evaluation, generation and flush. Before a block is computed, the upload of the next one is
+begun (memory that is allocated after a computation was issued waits for it); what a visit changed is written back while
+later blocks are computed; and an upload waits until the block ``prefetch + 2`` before it has left the device, so that
+there are never more at a time. A training visit applies the last step's update to a block, makes the probes of the
+new weights from the same read, matrix by matrix, and takes all members of the population one block further.
 """
 
-from collections.abc import Sequence
-from functools import partial
-from typing import Any
+import queue
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from zo2jax.directions import Direction
-from zo2jax.models.blocks import Block, Kind, Params, Visit, kinds, tied_leaves, with_tied
+from zo2jax.directions import Direction, leaf_ids
+from zo2jax.models.blocks import Block, Kind, Params, Visit, block_of, kinds, owned_shapes, set_leaf
 from zo2jax.models.layers import Batch, Cache
+from zo2jax.pages import Layout, Place, flat
+from zo2jax.probes import Matrices, Probe
+from zo2jax.stores import Link, OnDevice, OnDisk, OnHost, Pages, Store, check_host_memory, result
 from zo2jax.updates import Rounding, Update, move
 
-
-@partial(jax.jit, static_argnames=("kind", "one_by_one", "direction", "rounding"), donate_argnames="leaves")
-def _visit(
-    kind: Kind,
-    leaves: Params,
-    tied: Params,
-    ids: tuple[Any, Any],
-    update: Update,
-    keys: jax.Array,
-    matrix: jax.Array,
-    carry: Any,
-    batch: Batch,
-    one_by_one: bool,
-    direction: Direction,
-    rounding: Rounding,
-) -> tuple[Params, Any]:
-    """One block: its leaves after the update, and the members' carries [M, ...] after the block."""
-    leaves, members = move(leaves, ids[0], update, keys, matrix, direction=direction, rounding=rounding)
-    if tied:  # a tied leaf was moved with its owner
-        members = with_tied(members, move(tied, ids[1], None, keys, matrix, direction=direction)[1])
-    if one_by_one:
-        return leaves, lax.map(lambda member: kind.block.apply(member[0], member[1], batch), (members, carry))
-    return leaves, jax.vmap(kind.block.apply, in_axes=(0, 0, None), axis_size=len(matrix))(members, carry, batch)
+Tier = Literal["device", "host", "disk"]
 
 
-@partial(jax.jit, static_argnames=("direction", "rounding"), donate_argnums=0)
-def _apply(leaves: Params, ids: Any, update: Update, direction: Direction, rounding: Rounding) -> Params:
-    return move(leaves, ids, update, direction=direction, rounding=rounding)[0]
+@dataclass(frozen=True)
+class Plan:
+    """Where each block lives, and how it is moved: pure data.
+
+    >>> Plan({"head": "host"}).prefetch
+    1
+    """
+
+    tiers: Mapping[str, Tier] = field(default_factory=dict)
+    """By block; those that are not named, and those whose leaves another block shares, stay on the device."""
+    prefetch: int = 1
+    """Blocks whose upload is begun before the present one is computed."""
+    overlap: bool = True
+    """Whether write-backs go on while the next block is computed."""
+    pinned: bool = True
+    """Whether host memory is page-locked."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what is no tier, or a negative prefetch."""
+        if wrong := {name: tier for name, tier in self.tiers.items() if tier not in ("device", "host", "disk")}:
+            raise ValueError(f"tiers {wrong}: expected 'device', 'host' or 'disk'")
+        if self.prefetch < 0:
+            raise ValueError(f"prefetch is {self.prefetch}, expected an integer of at least 0")
 
 
-@partial(jax.jit, static_argnames=("kind", "one_by_one", "direction"), donate_argnames="cache")
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """What a compiled visit knows of a block: its kind, its layout, and where its tied matrices lie."""
+
+    kind: Kind
+    layout: Layout
+    tied: tuple[tuple[str, Place], ...]
+
+    def leaves(self, pages: Any, rest: Any, tied: Any) -> Params:
+        """The leaves as they are, tied ones filled in."""
+        leaves = self.layout.unpack(pages, rest)
+        for (name, place), page in zip(self.tied, tied, strict=True):
+            set_leaf(leaves, name, page[place.offset : place.offset + place.size].reshape(place.shape))
+        return leaves
+
+
+@lru_cache(maxsize=256)
+def _stage(kind: Kind, layout: Layout, tied: tuple[tuple[str, Place], ...]) -> Stage:
+    return Stage(kind, layout, tied)
+
+
+_STATIC = ("stage", "direction", "rounding")
+
+
+def _members(
+    stage: Stage,
+    held: tuple[Any, Any, Any],
+    ids: tuple[Any, Any, Any],
+    update: Update | None,
+    probes: tuple[jax.Array, jax.Array],
+    run: Any,
+    carried: Any,
+    how: dict[str, Any],
+) -> tuple[Any, tuple[Any, Any]]:
+    """``run(block, leaves, carried)`` for every member; what is carried comes and goes as [M, ...]."""
+    pages, rest, tied = held
+    rest, small = move(rest, ids[1], update, *probes, **how)
+    own = Matrices([place for _, place in stage.layout.matrices], pages, ids[0], update, probes, **how)
+    lent = [
+        Matrices([replace(place, page=0)], [page], ids[2][i : i + 1], None, probes, **how)
+        for i, ((_, place), page) in enumerate(zip(stage.tied, tied, strict=True))
+    ]
+    block = stage.kind.block
+
+    def one(member: jax.Array, small: Any, carried: Any) -> Any:
+        leaves: Params = {}
+        for name, leaf in small.items():
+            set_leaf(leaves, name, leaf)
+        weights = [(name, Probe(own, i, member)) for i, (name, _) in enumerate(stage.layout.matrices)]
+        weights += [(name, Probe(m, 0, member)) for (name, _), m in zip(stage.tied, lent, strict=True)]
+        for name, weight in weights:
+            set_leaf(leaves, name, weight if block.takes_weights else weight.array())
+        return run(block, leaves, carried), own.settle_all()
+
+    count = len(probes[1])
+    out, pages = jax.vmap(one, in_axes=(0, 0, 0), out_axes=(0, None), axis_size=count)(
+        jnp.arange(count), small, carried
+    )
+    return out, (pages, rest)
+
+
+@partial(jax.jit, static_argnames=_STATIC, donate_argnames=("pages", "rest"))
+def _train(
+    stage: Stage, pages: Any, rest: Any, tied: Any, ids: Any, update: Update, probes: Any, carry: Any, batch: Batch,
+    direction: Direction, rounding: Rounding,
+) -> Any:  # fmt: skip
+    """One block of a training sweep: ((pages, rest) after the update, the members' carries [M, ...])."""
+    how = {"direction": direction, "rounding": rounding}
+    run = lambda block, leaves, carry: block.apply(leaves, carry, batch)  # noqa: E731
+    carry, held = _members(stage, (pages, rest, tied), ids, update, probes, run, carry, how)
+    return held, carry
+
+
+@partial(jax.jit, static_argnames=_STATIC, donate_argnames=("pages", "rest"))
+def _apply(
+    stage: Stage, pages: Any, rest: Any, ids: Any, update: Update, direction: Direction, rounding: Rounding
+) -> Any:
+    how: dict[str, Any] = {"direction": direction, "rounding": rounding}
+    places = [place for _, place in stage.layout.matrices]
+    rest, _ = move(rest, ids[1], update, **how)
+    return Matrices(places, pages, ids[0], update, (None, None), **how).settle_all(), rest
+
+
+@partial(jax.jit, static_argnames=("stage",), donate_argnames="cache")
+def _plain(stage: Stage, pages: Any, rest: Any, tied: Any, carry: Any, batch: Batch, cache: Cache | None) -> Any:
+    """One block without probes: (carry, cache)."""
+    return stage.kind.block.extend(stage.leaves(pages, rest, tied), carry, batch, cache)
+
+
+@partial(jax.jit, static_argnames=_STATIC, donate_argnames="cache")
 def _extend(
-    kind: Kind,
-    leaves: Params,
-    tied: Params,
-    ids: tuple[Any, Any],
-    keys: jax.Array,
-    matrix: jax.Array,
-    rows: tuple[Any, Batch],
-    cache: Cache | None,
-    one_by_one: bool,
-    direction: Direction,
-) -> tuple[Any, Cache | None]:
+    stage: Stage, pages: Any, rest: Any, tied: Any, ids: Any, probes: Any, rows: Any, cache: Cache | None,
+    direction: Direction, rounding: Rounding,
+) -> Any:  # fmt: skip
     """One block of a generating sweep: rows come member by member, [M b, ...], and go so."""
-    members = move(leaves, ids[0], None, keys, matrix, direction=direction)[1]
-    if tied:
-        members = with_tied(members, move(tied, ids[1], None, keys, matrix, direction=direction)[1])
-    apart = jax.tree.map(lambda x: x.reshape(len(matrix), -1, *x.shape[1:]), (*rows, cache))
-    if one_by_one:
-        done = lax.map(lambda member: kind.block.extend(member[0], *member[1]), (members, apart))
-    else:
-        done = jax.vmap(lambda leaves, row: kind.block.extend(leaves, *row))(members, apart)
+    how = {"direction": direction, "rounding": rounding}
+    apart = jax.tree.map(lambda x: x.reshape(len(probes[1]), -1, *x.shape[1:]), (*rows, cache))
+    run = lambda block, leaves, row: block.extend(leaves, *row)  # noqa: E731
+    done, _ = _members(stage, (pages, rest, tied), ids, None, probes, run, apart, how)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), done)
 
 
-class Sweep:
-    """Training sweeps over resident blocks.
+class Stream(Mapping[str, Params]):
+    """The blocks of a model in their tiers; a mapping from names to leaves, which are copied when asked for.
 
     Args:
         blocks: the model's.
-        leaf_ids: uint32, one for each leaf of ``{block name: leaves}`` in pytree order (`zo2jax.directions.leaf_ids`).
-        structure: that pytree's structure.
+        source: their leaves, read once, block by block.
         direction: the distribution of z.
         rounding: of the updates of 16-bit leaves.
-        borrowed: whether the first parameters belong to somebody else. Then each block is copied before it is changed
-            for the first time; the others' arrays are let go one by one.
+        plan: where the blocks live.
+        directory: for page files, if there are any.
+
+    Raises:
+        StoreError: if there is too little host memory, or no room on the disk.
 
     >>> from zo2jax.models.llama import LlamaConfig
-    >>> from zo2jax.directions import leaf_ids, normal
+    >>> from zo2jax.directions import normal
     >>> from zo2jax.updates import stochastic
     >>> config = LlamaConfig(vocabulary=8, size=8, hidden=8, layers=2, heads=2, kv_heads=1, head_size=4, context=16)
     >>> model = config.init(jax.random.key(0))
-    >>> sweep = Sweep(model.blocks, leaf_ids(model.params), jax.tree.structure(model.params), normal, stochastic)
-    >>> len(sweep.kinds), len(set(sweep.kinds))
-    (6, 4)
+    >>> stream = Stream(model.blocks, model.source, normal, stochastic, Plan({"layers.0.mlp": "host"}))
+    >>> bool((stream["embed"]["weight"] == model.params["embed"]["weight"]).all())
+    True
     """
 
     def __init__(
         self,
         blocks: Sequence[Block],
-        leaf_ids: Any,
-        structure: Any,
+        source: Mapping[str, Params],
         direction: Direction,
         rounding: Rounding,
-        *,
-        borrowed: bool = False,
+        plan: Plan,
+        directory: Path | None = None,
     ):
-        """Sorts out which leaves each block owns and which it shares."""
-        self._borrowed = {block.name for block in blocks} if borrowed else set()
-        self.blocks, self.kinds = tuple(blocks), kinds(blocks)
-        self._direction, self._rounding = direction, rounding
-        ids = jax.tree.unflatten(structure, np.asarray(leaf_ids, np.uint32))
-        self._ids = {
-            block.name: (
-                np.array(jax.tree.leaves(ids[block.name]), np.uint32),
-                np.array(jax.tree.leaves(tied_leaves(block, ids)), np.uint32),
-            )
-            for block in blocks
-        }
+        """Reads the source into the stores."""
+        self.blocks, self.plan = tuple(blocks), plan
+        self._how: dict[str, Any] = {"direction": direction, "rounding": rounding}
+        self._number = {block.name: i for i, block in enumerate(self.blocks)}
+        shapes = owned_shapes(self.blocks)
+        self.leaf_ids = leaf_ids(shapes)
+        named = jax.tree.unflatten(jax.tree.structure(shapes), list(self.leaf_ids))
+        self._names = {f"{block}.{name}": i for block, leaves in named.items() for name, i in flat(leaves).items()}
+        self._layouts = {name: Layout.of(leaves) for name, leaves in shapes.items()}
+        owners = {block_of(owner, shapes) for block in self.blocks for owner in block.aliases.values()}
+        self.tiers = {b.name: "device" if b.name in owners else plan.tiers.get(b.name, "device") for b in self.blocks}
+        check_host_memory([self._layouts[name].nbytes for name, tier in self.tiers.items() if tier == "host"])
+        self._link = Link(pinned=plan.pinned)
+        self._workers = ThreadPoolExecutor(4, "zo2jax-stream")
+        self._directory = directory
+        self._staging: queue.Queue[np.ndarray] = queue.Queue()
+        on_disk = [self._layouts[name].nbytes for name, tier in self.tiers.items() if tier == "disk"]
+        for _ in range(4 if on_disk else 0):
+            self._staging.put(self._link.memory(max(on_disk)))
+        self._stores: list[Store] = []
+        self._rest: list[dict[str, Any]] = []
+        for block in self.blocks:
+            leaves = source[block.name]
+            named_leaves = flat(leaves)
+            layout = self._layouts[block.name]
+            self._rest.append({name: jnp.array(named_leaves[name]) for name in layout.rest})
+            self._stores.append(self._store(block.name, layout, leaves))
+        self._stages = _stages(self.blocks, tuple(self._layouts.items()))
+        self._ids = [self._leaf_ids(block) for block in self.blocks]
+        self._coming: dict[int, Any] = {}
+        self._leaving: dict[int, Future[None]] = {}
+        self._last: dict[int, Any] = {}
 
-    def train(self, params: Params, update: Update, keys: jax.Array, matrix: jax.Array, batch: Batch) -> Any:
+    def __getitem__(self, name: str) -> Params:
+        """A copy of a block's leaves: JAX arrays of those on the device, else NumPy arrays."""
+        i = self._number[name]
+        self._left(i)
+        pages, layout = self._stores[i].read(), self._layouts[name]
+        leaves = layout.unpack(pages, {name: jnp.array(leaf) for name, leaf in self._rest[i].items()})
+        return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, leaves)
+
+    def __iter__(self) -> Any:
+        """The names of the blocks, in order."""
+        return iter(self._number)
+
+    def __len__(self) -> int:
+        """How many blocks there are."""
+        return len(self.blocks)
+
+    def train(self, update: Update, probes: tuple[jax.Array, jax.Array], batch: Batch) -> Any:
         """Applies ``update`` and evaluates the probes of the result: what the last block returns, [M, ...].
 
-        ``keys`` (typed, [K]) and ``matrix`` (float32 [M, K]) are those of `zo2jax.updates.move`. The new leaves take
-        the place of the old in the dictionary ``params``, and their memory. If a visit fails, the update is applied
-        to the rest of the blocks all the same.
+        ``probes`` are (keys typed [K], matrix float32 [M, K]) as in `zo2jax.updates.move`. If a visit fails, the update
+        is applied to the rest of the blocks all the same.
         """
-        carry, visited = None, 0
-        on_cpu = jax.default_backend() == "cpu"
-        try:
-            for block, kind in zip(self.blocks, self.kinds, strict=True):
-                # Members share one batched product, except in the head, whose logits are the largest activations by
-                # far, and on CPUs, where a batch of matrices is multiplied more slowly than one after the other.
-                one_by_one = on_cpu or block is self.blocks[-1]
-                params[block.name], carry = _visit(
-                    kind,
-                    self._own(block, params),
-                    tied_leaves(block, params),
-                    self._ids[block.name],
-                    update,
-                    keys,
-                    matrix,
-                    carry,
-                    batch,
-                    one_by_one=one_by_one,
-                    direction=self._direction,
-                    rounding=self._rounding,
+        carry = None
+        for i, block in enumerate(self.blocks):
+            held, tied = self._take(i), self._tied(block)
+            try:
+                held, carry = _train(
+                    self._stages[i], *held, tied, self._ids[i], update, probes, carry, batch, **self._how
                 )
-                visited += 1
-        except BaseException:  # a batch that does not fit the model, or an interrupt: no block may lack the update
-            self.apply(params, update, self.blocks[visited:])
-            raise
+            except BaseException:  # a batch that does not fit the model, or an interrupt: no block may lack the update
+                if any(page.is_deleted() for page in held[0]):
+                    raise
+                self._coming[i] = held[0]
+                self.apply(update, first=i)
+                raise
+            self._put(i, held, carry)
         return carry
 
-    def apply(self, params: Params, update: Update, blocks: Sequence[Block] | None = None) -> None:
-        """Applies ``update`` to all blocks, or to those given, in place like `train`."""
-        for block in self.blocks if blocks is None else blocks:
-            ids = self._ids[block.name][0]
-            params[block.name] = _apply(self._own(block, params), ids, update, self._direction, self._rounding)
+    def apply(self, update: Update, first: int = 0) -> None:
+        """Applies ``update`` to all blocks, or those from ``first`` on."""
+        for i in range(first, len(self.blocks)):
+            pages, rest = self._take(i)
+            self._put(i, _apply(self._stages[i], pages, rest, self._ids[i], update, **self._how), None)
 
-    def visits(self, params: Params, keys: jax.Array, matrix: jax.Array) -> Visit:
-        """Visits of the probes of ``params``, for generation; rows stand member by member, [M b, ...].
-
-        Probes are made anew in every visit, as in `train`: a generated token costs a pass over the weights.
-        """
-        kind_of = dict(zip((block.name for block in self.blocks), self.kinds, strict=True))
+    def visits(self, blocks: Sequence[Block] | None = None) -> Visit:
+        """Visits of the weights as they are, for evaluation and generation."""
+        stages = self._stages if blocks is None else _stages(tuple(blocks), tuple(self._layouts.items()))
 
         def visit(block: Block, carry: Any, batch: Batch, cache: Cache | None) -> tuple[Any, Cache | None]:
-            return _extend(
-                kind_of[block.name],
-                params[block.name],
-                tied_leaves(block, params),
-                self._ids[block.name],
-                keys,
-                matrix,
-                (carry, batch),
-                cache,
-                one_by_one=jax.default_backend() == "cpu",
-                direction=self._direction,
-            )
+            i = self._number[block.name]
+            pages, rest = self._take(i)
+            out = _plain(stages[i], pages, rest, self._tied(block), carry, batch, cache)
+            self._put(i, None, out)
+            return out
 
         return visit
 
-    def _own(self, block: Block, params: Params) -> Params:
-        """A block's leaves, as arrays whose memory may be reused."""
-        if block.name not in self._borrowed:
-            return params[block.name]
-        self._borrowed.discard(block.name)
-        # Waiting keeps the copies of many blocks from being under way at once.
-        params[block.name] = jax.block_until_ready(jax.tree.map(jax.numpy.copy, params[block.name]))
-        return params[block.name]
+    def probe_visits(self, probes: tuple[jax.Array, jax.Array]) -> Visit:
+        """Visits of the probes, for generation; rows stand member by member, [M b, ...]."""
+
+        def visit(block: Block, carry: Any, batch: Batch, cache: Cache | None) -> tuple[Any, Cache | None]:
+            i = self._number[block.name]
+            pages, rest = self._take(i)
+            tied = self._tied(block)
+            out = _extend(self._stages[i], pages, rest, tied, self._ids[i], probes, (carry, batch), cache, **self._how)
+            self._put(i, None, out)
+            return out
+
+        return visit
+
+    def wait(self) -> None:
+        """Returns when every block is in its tier."""
+        for i in list(self._leaving):
+            self._left(i)
+
+    def close(self) -> None:
+        """Waits, and lets go of host memory and page files."""
+        try:
+            self.wait()
+        finally:
+            self._coming.clear()
+            self._workers.shutdown()
+            self._link.close()
+            for name, tier in self.tiers.items():
+                if tier == "disk" and self._directory is not None:
+                    (self._directory / f"{name}.page").unlink(missing_ok=True)
+
+    def _leaf_ids(self, block: Block) -> Any:
+        layout = self._layouts[block.name]
+        parts = [name for name, _ in layout.matrices], sorted(layout.rest)
+        own = [np.array([self._names[f"{block.name}.{name}"] for name in part], np.uint32) for part in parts]
+        return (*own, np.array([self._names[owner] for owner in block.aliases.values()], np.uint32))
+
+    def _tied(self, block: Block) -> Any:
+        pages = []
+        for owner in block.aliases.values():
+            name = block_of(owner, self._number)
+            place = dict(self._layouts[name].matrices)[owner[len(name) + 1 :]]
+            held = self._stores[self._number[name]].upload()
+            assert not isinstance(held, Future), "blocks that share a leaf stay on the device"
+            pages.append(held[place.page])
+        return tuple(pages)
+
+    def _store(self, name: str, layout: Layout, leaves: Params) -> Store:
+        tier = self.tiers[name]
+        if tier == "disk":
+            assert self._directory is not None
+            self._directory.mkdir(parents=True, exist_ok=True)
+            store = OnDisk(self._link, self._workers, self._staging, self._directory / f"{name}.page", layout)
+            store.fill(partial(layout.pack, leaves))
+            return store
+        if tier == "host":
+            pages = layout.views(self._link.memory(layout.nbytes))
+            layout.pack(leaves, pages)
+            return OnHost(self._link, self._workers, pages)
+        staged = layout.views(np.zeros(layout.nbytes, np.uint8))
+        layout.pack(leaves, staged)
+        return OnDevice(tuple(jnp.array(page) for page in staged))
+
+    # --- the loop's parts ---
+
+    def _take(self, i: int) -> tuple[Pages, dict[str, Any]]:
+        """A block on the device; the uploads of the next ones begin first."""
+        if i not in self._coming:
+            self._begin(i)
+        for j in range(i + 1, i + 1 + self.plan.prefetch):
+            self._begin(j % len(self.blocks))
+        return result(self._coming.pop(i)), self._rest[i]
+
+    def _begin(self, i: int) -> None:
+        if i in self._coming:
+            return
+        self._left(i)
+        window = self.plan.prefetch + 2
+        streamed = [j for j in self._last if j != i]
+        while len(streamed) + len(self._coming) >= window and streamed:
+            self._left(streamed.pop(0))
+        self._coming[i] = self._stores[i].upload()
+
+    def _put(self, i: int, held: Any, out: Any) -> None:
+        """Ends a visit: what changed goes back to its tier."""
+        if held is not None:
+            pages, self._rest[i] = held
+            if (leaving := self._stores[i].commit(pages)) is not None:
+                self._leaving[i] = leaving
+                if not self.plan.overlap:
+                    leaving.result()
+        if self.tiers[self.blocks[i].name] != "device":
+            self._last[i] = out if held is None else None  # else the write-back waits for the visit
+
+    def _left(self, i: int) -> None:
+        """Waits until a block has left the device."""
+        if (leaving := self._leaving.pop(i, None)) is not None:
+            leaving.result()
+        out = self._last.pop(i, None)
+        jax.block_until_ready([x for x in jax.tree.leaves(out) if not x.is_deleted()])
+
+
+@lru_cache(maxsize=64)
+def _stages(blocks: tuple[Block, ...], layouts: tuple[tuple[str, Layout], ...]) -> tuple[Stage, ...]:
+    by_name = dict(layouts)
+    stages = []
+    for block, kind in zip(blocks, kinds(blocks), strict=True):
+        tied = []
+        for name, owner in block.aliases.items():
+            home = block_of(owner, by_name)
+            tied.append((name, dict(by_name[home].matrices)[owner[len(home) + 1 :]]))
+        stages.append(_stage(kind, by_name[block.name], tuple(tied)))
+    return tuple(stages)

@@ -102,13 +102,13 @@ class Decoder(ABC):
     def blocks(self, dtype: Any = jnp.float32) -> tuple[Block, ...]:
         """The model's blocks, with matrices of ``dtype``; no array is made."""
         dtype = jnp.dtype(dtype)
-        attention = Block.define("attn", partial(self.make_attention, dtype), caches=True)
-        mlp = Block.define("mlp", partial(self.make_mlp, dtype))
+        attention = Block.define("attn", partial(self.make_attention, dtype), caches=True, takes_weights=True)
+        mlp = Block.define("mlp", partial(self.make_mlp, dtype), takes_weights=True)
         tied = {"weight": "embed.weight"} if self.shares_matrix else {}
         return (
-            Block.define("embed", partial(self.make_embed, dtype)),
+            Block.define("embed", partial(self.make_embed, dtype), takes_weights=True),
             *(replace(part, name=f"layers.{i}.{part.name}") for i in range(self.layers) for part in (attention, mlp)),
-            Block.define("head", partial(self.make_head, dtype), tied),
+            Block.define("head", partial(self.make_head, dtype), tied, takes_weights=True),
         )
 
     def init(self, key: jax.Array, dtype: Any = jnp.float32) -> Model:

@@ -1,0 +1,207 @@
+"""The matrices of a block while it is visited: moved in their page, and made into probes where they are used.
+
+A member's matrix exists from the product that needs it to the end of that product. Embeddings draw z for the rows of
+their tokens only, and a head for as many rows of the vocabulary as it looks at.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels import bits
+from pallas_kernels.perturb import Probes, Shard, perturb, perturb_in_page
+from zo2jax.directions import Direction
+from zo2jax.models.layers import product
+from zo2jax.pages import Place
+from zo2jax.updates import Rounding, Update, by_leaf
+
+
+class Matrices:
+    """Matrices in pages, each of which takes an update once, when it is first used. Lives while a visit is traced.
+
+    Args:
+        places: of the matrices.
+        pages: [length] arrays; `pages` are those after what was moved so far.
+        ids: uint32 [matrices], the leaf ids.
+        update: or None.
+        probes: (keys, matrix) as in `zo2jax.updates.move`.
+        direction: the distribution of z.
+        rounding: of the update.
+    """
+
+    def __init__(
+        self,
+        places: list[Place],
+        pages: Any,
+        ids: jax.Array,
+        update: Update | None,
+        probes: tuple[jax.Array | None, jax.Array | None],
+        *,
+        direction: Direction,
+        rounding: Rounding,
+    ):
+        """Moves nothing yet."""
+        self.places, self.pages = places, list(pages)
+        self.direction = direction
+        self._rounding = rounding
+        self._terms, self._probes = by_leaf(ids, update, *probes) if places else (None, None)
+        self._waiting = set(range(len(places))) if update is not None else set()
+
+    def probes(self, index: int) -> Probes:
+        """The probes of a matrix: keys [K, 2], coefficients [M, K]."""
+        return jax.tree.map(lambda x: x[index], self._probes)
+
+    def members(self, index: int, after: Any = None) -> jax.Array:
+        """All members' matrices, [M, *shape]; with ``after``, not made before that array is there."""
+        probes = self.probes(index)
+        if after is not None:
+            probes, _ = lax.optimization_barrier((probes, after))
+        members = self._moved(index, probes)
+        assert members is not None
+        return members
+
+    def settle(self, index: int) -> jax.Array:
+        """The page of a matrix, which has taken its update."""
+        if index in self._waiting:
+            self._moved(index, None)
+        return self.pages[self.places[index].page]
+
+    def settle_all(self) -> tuple[jax.Array, ...]:
+        """All pages, with every update taken."""
+        for index in sorted(self._waiting):
+            self._moved(index, None)
+        return tuple(self.pages)
+
+    def _moved(self, index: int, probes: Probes | None) -> jax.Array | None:
+        place = self.places[index]
+        terms = jax.tree.map(lambda x: x[index], self._terms) if index in self._waiting else None
+        self._waiting.discard(index)
+        page, members = perturb_in_page(
+            self.pages[place.page],
+            place.offset,
+            place.shape,
+            terms,
+            probes,
+            pair=self.direction.pair,
+            rounding=self._rounding.apply,
+        )
+        self.pages[place.page] = page
+        return members
+
+
+class Probe:
+    """One member's matrix, a `zo2jax.models.layers.Weight`: under ``jax.vmap`` over ``member`` = 0 .. M-1."""
+
+    def __init__(self, matrices: Matrices, index: int, member: jax.Array):
+        """Makes nothing yet."""
+        self._matrices, self._index, self._member = matrices, index, member
+        place = matrices.places[index]
+        self.shape, self.dtype = place.shape, matrices.pages[place.page].dtype
+
+    def __getitem__(self, key: Any) -> "Probe":
+        """Itself: Flax variables are read as ``variable[...]``."""
+        return self
+
+    def product(self, x: jax.Array, dtype: Any) -> jax.Array:
+        """X [..., n_in] -> x W^T in ``dtype``."""
+        return member_product(self._member, x, self._matrices.members(self._index, x), dtype)
+
+    def array(self) -> jax.Array:
+        """The matrix itself, for modules that know no `Weight`."""
+        return of_member(self._member, self._matrices.members(self._index))
+
+    def rows(self, ids: jax.Array) -> jax.Array:
+        """The rows of these indices, [*ids.shape, n_in]: z is drawn for them alone."""
+        place, probes = self._matrices.places[self._index], self._matrices.probes(self._index)
+        page = self._matrices.settle(self._index)
+        matrix = lax.slice(page, (place.offset,), (place.offset + place.size,)).reshape(place.shape)
+        row, indices = probes.matrix[self._member], ids.reshape(-1)
+
+        def noise(k: Any) -> jax.Array:
+            pair = self._matrices.direction.pair
+            return row[k] * bits.draw(pair, probes.keys[k], indices.astype(jnp.uint32), place.shape[-1])
+
+        directions = probes.keys.shape[0]
+        delta = noise(0) if directions == 1 else sum(map(noise, range(1, directions)), np.float32(0) + noise(0))
+        return (matrix[indices].astype(jnp.float32) + delta).astype(self.dtype).reshape(*ids.shape, -1)
+
+    def slabs(self) -> Callable[[jax.Array, int], "Slab"]:
+        """Rows as matrices of their own."""
+        place, probes = self._matrices.places[self._index], self._matrices.probes(self._index)
+        page, pair = self._matrices.settle(self._index), self._matrices.direction.pair
+        columns = place.shape[-1]
+
+        def cut(start: jax.Array, count: int) -> Slab:
+            w = lax.dynamic_slice(page, (place.offset + start * columns,), (count * columns,)).reshape(count, columns)
+            members = perturb(w, None, probes, pair=pair, shard=Shard((start, 0), place.shape))[1]
+            assert members is not None
+            return Slab(self._member, members)
+
+        return cut
+
+
+class Slab:
+    """Some rows of one member's matrix."""
+
+    def __init__(self, member: jax.Array, members: jax.Array):
+        """``members`` [M, rows, n_in]."""
+        self._member, self._members = member, members
+        self.shape, self.dtype = members.shape[1:], members.dtype
+
+    def product(self, x: jax.Array, dtype: Any) -> jax.Array:
+        """X [..., n_in] -> x W^T in ``dtype``."""
+        return member_product(self._member, x, self._members, dtype)
+
+
+@jax.custom_batching.custom_vmap
+def of_member(member: jax.Array, members: jax.Array) -> jax.Array:
+    """``members[member]``; under vmap over all members in order, the members themselves, without a copy.
+
+    >>> x = jnp.arange(3.0)
+    >>> jax.vmap(of_member, in_axes=(0, None))(jnp.arange(3), x).tolist()
+    [0.0, 1.0, 2.0]
+    """
+    return members[member]
+
+
+@of_member.def_vmap
+def _(size: int, in_batched: Any, member: jax.Array, members: jax.Array) -> Any:
+    assert in_batched[0] and not in_batched[1], "members are counted once, from 0"
+    return members, True
+
+
+def member_product(member: jax.Array, x: jax.Array, members: jax.Array, dtype: Any) -> jax.Array:
+    """x W^T by a member's matrix [n_out, n_in]: one batched product, or on CPUs, where that is slow, one after another.
+
+    >>> w = jnp.stack([jnp.eye(2), 2 * jnp.eye(2)])
+    >>> f = lambda m, x: member_product(m, x, w, jnp.float32)
+    >>> jax.vmap(f)(jnp.arange(2), jnp.ones((2, 1, 2))).tolist()
+    [[[1.0, 1.0]], [[2.0, 2.0]]]
+    """
+    if jax.default_backend() != "cpu":
+        return product(x, of_member(member, members), dtype)
+
+    @jax.custom_batching.custom_vmap
+    def apart(member: jax.Array, x: jax.Array, members: jax.Array) -> jax.Array:
+        return product(x, members[member], dtype)
+
+    @apart.def_vmap
+    def _(size: int, in_batched: Any, member: jax.Array, x: jax.Array, members: jax.Array) -> Any:
+        assert in_batched[0] and not in_batched[2], "members are counted once, from 0"
+        return jnp.stack([product(x[m] if in_batched[1] else x, members[m], dtype) for m in range(size)]), True
+
+    return apart(member, x, members)
+
+
+def largest(places: list[Place]) -> int:
+    """Elements of the largest matrix; 0 without any.
+
+    >>> largest([Place(0, 0, (2, 3))])
+    6
+    """
+    return max((math.prod(place.shape) for place in places), default=0)

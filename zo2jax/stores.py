@@ -1,0 +1,312 @@
+"""Stores: where the pages of a block live. On the device, in page-locked host memory, or in a file.
+
+Host memory is ordinary memory that is locked in place and registered with the CUDA driver, one buffer a block for the
+whole run. So uploads run at the link's speed and write-backs go to where the block came from. (The pool behind JAX's
+memory kind ``pinned_host`` grows by powers of two and is capped; docs/LOG.md has what it took.)
+"""
+
+import ctypes
+import mmap
+import os
+import queue
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from threading import local
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zo2jax.pages import Layout
+
+Pages = tuple[jax.Array, ...]
+
+
+class StoreError(OSError):
+    """A page that cannot be kept or read; the message says which, why, and what to do.
+
+    >>> issubclass(StoreError, OSError)
+    True
+    """
+
+
+class Link:
+    """Moves pages between host memory and the device.
+
+    Args:
+        pinned: whether host memory is page-locked; without it transfers are several times slower.
+
+    >>> link = Link()
+    >>> memory = link.memory(4096)
+    >>> link.down(jnp.arange(4, dtype=jnp.uint8), memory[:4])
+    >>> link.up(memory[:4]).tolist()
+    [0, 1, 2, 3]
+    """
+
+    def __init__(self, *, pinned: bool = True):
+        """Finds the driver."""
+        self._device = jax.devices()[0]
+        self._cuda = ctypes.CDLL("libcuda.so.1") if self._device.platform == "gpu" else None
+        self._pinned = pinned and self._cuda is not None
+        self._registered: list[tuple[int, mmap.mmap]] = []
+        self._here = local()
+        self._context = ctypes.c_void_p()
+        if self._cuda is not None:
+            jnp.zeros(1).block_until_ready()
+            self._call(
+                "cuDevicePrimaryCtxRetain",
+                ctypes.byref(self._context),
+                ctypes.c_int(self._device.local_hardware_id or 0),
+            )
+
+    def memory(self, nbytes: int) -> np.ndarray:
+        """Host memory, uint8 [nbytes], aligned to a page of the operating system.
+
+        Raises:
+            StoreError: if the driver refuses to lock it.
+        """
+        buffer = mmap.mmap(-1, max(nbytes, 1))
+        memory = np.frombuffer(buffer, np.uint8)[:nbytes]
+        if self._pinned:
+            self._enter()
+            address = memory.ctypes.data
+            self._call("cuMemHostRegister_v2", ctypes.c_void_p(address), ctypes.c_size_t(len(buffer)), ctypes.c_uint(1))
+            self._registered.append((address, buffer))
+        return memory
+
+    def up(self, page: np.ndarray) -> jax.Array:
+        """A copy on the device, which may still be under way; the page must not change until it is there."""
+        if self._cuda is None:
+            return jnp.array(page)  # a transfer would keep to the memory itself
+        return jax.device_put(page, self._device)
+
+    def down(self, array: jax.Array, page: np.ndarray) -> None:
+        """Copies an array into host memory; returns when it is there."""
+        if self._cuda is None:
+            np.copyto(page, np.asarray(array))
+            return
+        self._enter()
+        array.block_until_ready()
+        stream = self._here.stream
+        source = ctypes.c_uint64(array.unsafe_buffer_pointer())
+        target, count = ctypes.c_void_p(page.ctypes.data), ctypes.c_size_t(array.nbytes)
+        self._call("cuMemcpyDtoHAsync_v2", target, source, count, stream)
+        self._call("cuStreamSynchronize", stream)
+
+    def close(self) -> None:
+        """Lets go of all host memory."""
+        if self._registered:
+            self._enter()
+        for address, _ in self._registered:
+            self._call("cuMemHostUnregister", ctypes.c_void_p(address))
+        self._registered.clear()
+
+    def _enter(self) -> None:
+        """Gives the calling thread the device's context and a stream of its own."""
+        if getattr(self._here, "stream", None) is None:
+            self._call("cuCtxSetCurrent", self._context)
+            stream = ctypes.c_void_p()
+            self._call("cuStreamCreate", ctypes.byref(stream), ctypes.c_uint(1))
+            self._here.stream = stream
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        if status := getattr(self._cuda, name)(*arguments):
+            raise StoreError(f"the CUDA driver's {name} failed with status {status}: is there enough memory to lock?")
+
+
+class Store(Protocol):
+    """The pages of one block."""
+
+    def upload(self) -> "Pages | Future[Pages]":
+        """The pages on the device; begins now, and may end later."""
+
+    def commit(self, pages: Pages) -> Future[None] | None:
+        """Keeps changed pages; begins now, ends with the future."""
+
+    def read(self) -> list[np.ndarray] | Pages:
+        """The pages as they are, for whoever copies them."""
+
+
+class OnDevice:
+    """Pages that stay on the device."""
+
+    def __init__(self, pages: Pages):
+        """Keeps them."""
+        self._pages: Pages | None = pages
+
+    def upload(self) -> Pages:
+        """The pages, given away until the next `commit`."""
+        assert self._pages is not None
+        return self._pages
+
+    def commit(self, pages: Pages) -> None:
+        """Takes the place of the old pages."""
+        self._pages = pages
+
+    def read(self) -> Pages:
+        """The pages."""
+        return self.upload()
+
+
+class OnHost:
+    """Pages in page-locked host memory."""
+
+    def __init__(self, link: Link, workers: ThreadPoolExecutor, pages: list[np.ndarray]):
+        """Keeps pages whose memory came from the link."""
+        self._link, self._workers, self._pages = link, workers, pages
+
+    def upload(self) -> Pages:
+        """Copies to the device."""
+        return tuple(self._link.up(page) for page in self._pages)
+
+    def commit(self, pages: Pages) -> Future[None]:
+        """Copies back to the same memory."""
+
+        def work(pages: Pages) -> None:
+            for array, page in zip(pages, self._pages, strict=True):
+                self._link.down(array, page)
+
+        return self._workers.submit(work, pages)
+
+    def read(self) -> list[np.ndarray]:
+        """Views of the memory."""
+        return self._pages
+
+
+class OnDisk:
+    """Pages in a file, read and written past the page cache where the file system allows it.
+
+    The file is a run's own: it is made anew when the run starts, from the model or a checkpoint, and its checksum lives
+    in memory; so no page that was torn, by whatever, is ever taken for a good one.
+    """
+
+    def __init__(
+        self, link: Link, workers: ThreadPoolExecutor, staging: "queue.Queue[np.ndarray]", path: Path, layout: Layout
+    ):
+        """Makes the file in its full size.
+
+        Raises:
+            StoreError: if there is no room for it, or it cannot be written.
+        """
+        self._link, self._workers, self._staging = link, workers, staging
+        self._path, self._layout, self._checksum = path, layout, 0
+        try:
+            self._file = _open_direct(path)
+            if layout.nbytes:
+                os.posix_fallocate(self._file, 0, layout.nbytes)
+        except OSError as error:
+            raise StoreError(
+                error.errno, f"no page file of {layout.nbytes} bytes at {path} ({error.strerror}): free some room"
+            ) from error
+
+    def fill(self, pack: Callable[[list[np.ndarray]], None]) -> None:
+        """Writes what ``pack`` puts into the pages."""
+
+        def work(memory: np.ndarray) -> None:
+            pack(self._layout.views(memory))
+            self._write(memory)
+
+        self._with_memory(work)
+
+    def upload(self) -> Future[Pages]:
+        """Reads the file, then copies to the device."""
+
+        def work(memory: np.ndarray) -> Pages:
+            self._read(memory)
+            pages = tuple(self._link.up(page) for page in self._layout.views(memory))
+            return jax.block_until_ready(pages)
+
+        return self._workers.submit(self._with_memory, work)
+
+    def commit(self, pages: Pages) -> Future[None]:
+        """Copies to host memory, then writes the file."""
+
+        def work(memory: np.ndarray) -> None:
+            for array, page in zip(pages, self._layout.views(memory), strict=True):
+                self._link.down(array, page)
+            self._write(memory)
+
+        return self._workers.submit(self._with_memory, work)
+
+    def read(self) -> list[np.ndarray]:
+        """The pages, in memory of their own."""
+        memory = np.frombuffer(mmap.mmap(-1, max(self._layout.nbytes, 1)), np.uint8)[: self._layout.nbytes]
+        self._read(memory)
+        return self._layout.views(memory)
+
+    def _with_memory(self, work: Callable[[np.ndarray], Any]) -> Any:
+        memory = self._staging.get()
+        try:
+            return work(memory[: self._layout.nbytes])
+        finally:
+            self._staging.put(memory)
+
+    def _read(self, memory: np.ndarray) -> None:
+        try:
+            done = 0
+            while done < len(memory) and (count := os.preadv(self._file, [memory[done:].data], done)):
+                done += count
+        except OSError as error:
+            raise StoreError(
+                error.errno, f"the page file {self._path} cannot be read ({error.strerror}){_GO_ON}"
+            ) from error
+        if done < len(memory) or zlib.crc32(memory.data) != self._checksum:
+            raise StoreError(f"the page file {self._path} is not what was written to it{_GO_ON}")
+
+    def _write(self, memory: np.ndarray) -> None:
+        try:
+            done = 0
+            while done < len(memory):
+                done += os.pwritev(self._file, [memory[done:].data], done)
+        except OSError as error:
+            raise StoreError(
+                error.errno, f"the page file {self._path} cannot be written ({error.strerror}){_GO_ON}"
+            ) from error
+        self._checksum = zlib.crc32(memory.data)
+
+
+_GO_ON = ": the run goes on from its last checkpoint, once the disk is well"
+
+
+def _open_direct(path: Path) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
+    try:
+        return os.open(path, flags | os.O_DIRECT, 0o600)
+    except OSError:  # file systems in memory have no direct access
+        return os.open(path, flags, 0o600)
+
+
+def available_memory() -> int:
+    """Bytes of host memory that can still be had.
+
+    >>> available_memory() > 0
+    True
+    """
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def result(pages: "Pages | Future[Pages]") -> Pages:
+    """The pages, once they are under way to the device at least.
+
+    >>> result((jnp.ones(1),))[0].shape
+    (1,)
+    """
+    return pages.result() if isinstance(pages, Future) else pages
+
+
+def check_host_memory(needed: Sequence[int]) -> None:
+    """Raises StoreError if host memory does not hold blocks of these sizes, in bytes.
+
+    >>> check_host_memory([1])
+    """
+    if (total := sum(needed)) > (there := available_memory()):
+        raise StoreError(
+            f"{len(needed)} blocks need {total / 2**30:.1f} GiB of host memory, and {there / 2**30:.1f} GiB are free: "
+            "put some on the disk, or use a machine with more"
+        )
