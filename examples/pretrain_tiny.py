@@ -101,7 +101,8 @@ def main(
             print(f"step {i:5d}  loss {float(loss):.3f}  {time.time() - start:6.0f} s", flush=True)
 
     trained = model.replace(jax.tree.map(lambda w: w.astype(jnp.bfloat16) if w.ndim >= 2 else w, params))
-    held_out = mean_loss(jax.jit(trained.loss_sum), trained.params, HeldOut(rows.held_out, batch))
+    loss_sum = jax.jit(trained.loss_sum)
+    held_out = mean_loss(lambda rows: loss_sum(trained.params, rows), HeldOut(rows.held_out, batch))
     export(trained, folder)
     source = f"the docstrings of Python {platform.python_version()}'s standard library" if text is None else text.name
     licence = "; the docstrings are under\nthe Python Software Foundation license" if text is None else ""

@@ -5,6 +5,7 @@ threefry call serves the four. Nothing but the weights and the results passes th
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -140,18 +141,15 @@ def perturb_in_page(
     if chosen == "xla" or ragged or not size or (terms is None and probes is None):
         return _sliced(page, offset, shape, terms, probes, options)
     _check(page, terms, probes)
-    plan = _Plan(where, True, pair, rounding, chosen, in_page=shape)
+
+    def sliced(_: jax.Array, page: jax.Array, terms: Terms | None, probes: Probes | None) -> Any:
+        return _sliced(page, offset, shape, terms, probes, options)
+
+    launch = _apart(partial(_launch, _Plan(where, True, pair, rounding, chosen, in_page=shape)), sliced)
     origin = jnp.append(origin, np.uint32(offset // ALIGNMENT))
     if implementation is not None:
-        return _launch(plan, origin, page, terms, probes)
-    return lax.platform_dependent(
-        origin,
-        page,
-        terms,
-        probes,
-        cuda=partial(_launch, plan),
-        default=lambda _, page, terms, probes: _sliced(page, offset, shape, terms, probes, options),
-    )
+        return launch(origin, page, terms, probes)
+    return lax.platform_dependent(origin, page, terms, probes, cuda=launch, default=sliced)
 
 
 def _sliced(
@@ -217,19 +215,26 @@ def _xla(
 def _mosaic(
     plan: _Plan, origin: jax.Array, w: jax.Array, terms: Terms | None, probes: Probes | None
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Runs the kernel; under vmap the reference, which has the same bits, takes its place."""
+    return _apart(partial(_launch, plan), partial(_xla, plan))(origin, w, terms, probes)
+
+
+def _apart(launch: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs the kernel; under a vmap of its arguments ``instead``, which has the same bits, takes its place.
+
+    Also keeps vmap from the kernel's reference, which it would take for one of each member.
+    """
 
     @jax.custom_batching.custom_vmap
     def run(origin: jax.Array, w: jax.Array, terms: Terms | None, probes: Probes | None) -> Any:
-        return _launch(plan, origin, w, terms, probes)
+        return launch(origin, w, terms, probes)
 
     @run.def_vmap
     def batched(size: int, in_batched: Any, *arguments: Any) -> Any:
         axes = jax.tree.map(lambda batched: 0 if batched else None, tuple(in_batched))
-        outputs = jax.vmap(partial(_xla, plan), in_axes=axes, axis_size=size)(*arguments)
+        outputs = jax.vmap(instead, in_axes=axes, axis_size=size)(*arguments)
         return outputs, jax.tree.map(lambda _: True, outputs)
 
-    return run(origin, w, terms, probes)
+    return run
 
 
 @partial(jax.jit, static_argnums=0)

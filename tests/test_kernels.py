@@ -145,6 +145,20 @@ def test_in_a_page_as_on_its_own(implementation, shape, dtype):
     assert_same_bits(only_moved[offset : offset + size], moved[offset : offset + size])
 
 
+@each_implementation
+def test_a_page_within_vmap_stays_one_page(implementation):
+    """As in a visit: members are counted by vmap, and the page is moved once for all of them."""
+    page, terms, probes = weights((2 * ALIGNMENT,)), random_terms(1, 1), random_probes(2, 1)
+    after = partial(perturb_in_page, page, 0, (4, 512), terms, probes, implementation=implementation)
+
+    def one(member):
+        moved, members = after()
+        return members[member], moved
+
+    members, moved = jax.jit(jax.vmap(one, out_axes=(0, None)))(jnp.arange(2))
+    assert_same_bits((moved, members), after())
+
+
 @pytest.mark.parametrize(("offset", "length"), [(100, 4096), (2048, 4096), (0, 4095)])
 def test_an_array_that_does_not_lie_in_its_page_is_refused(offset, length):
     with pytest.raises(ValueError, match="multiples of 2048"):

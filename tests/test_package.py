@@ -22,7 +22,7 @@ LAYERS = [
     {"mezo"},
     {"models"},
     {"pages"},
-    {"probes", "stores"},
+    {"probes", "stores", "plan"},
     {"stream", "objectives", "metrics"},
     {"checkpoint", "run"},
     {"tasks", "config"},

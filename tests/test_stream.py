@@ -10,8 +10,8 @@ import zo2jax as zo
 from zo2jax.models.llama import LlamaConfig
 from zo2jax.models.opt import OptConfig
 from zo2jax.models.qwen3 import Qwen3Config
+from zo2jax.plan import Plan
 from zo2jax.stores import StoreError
-from zo2jax.stream import Plan
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

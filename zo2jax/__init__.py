@@ -31,10 +31,10 @@ from zo2jax.objectives import Generated as Generated
 from zo2jax.optimizers import Optimizer as Optimizer
 from zo2jax.optimizers import faithful as faithful
 from zo2jax.optimizers import sgd as sgd
+from zo2jax.plan import Plan as Plan
 from zo2jax.run import NonFiniteLoss as NonFiniteLoss
 from zo2jax.run import Run as Run
 from zo2jax.run import StepInfo as StepInfo
-from zo2jax.stream import Plan as Plan
 from zo2jax.tasks.task import Task as Task
 from zo2jax.updates import Rounding as Rounding
 from zo2jax.updates import Update as Update

@@ -24,7 +24,8 @@ from zo2jax.models.layers import Batch
 from zo2jax.models.model import Model
 from zo2jax.objectives import Generated
 from zo2jax.optimizers import Optimizer, as_optimizer
-from zo2jax.stream import Plan, Stream
+from zo2jax.plan import Plan
+from zo2jax.stream import Stream
 from zo2jax.updates import Rounding, Update, stochastic
 
 Loss = Callable[[Any, Batch], jax.Array] | Generated

@@ -10,10 +10,10 @@ new weights from the same read, matrix by matrix, and takes all members of the p
 import queue
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,36 +23,10 @@ from zo2jax.directions import Direction, leaf_ids
 from zo2jax.models.blocks import Block, Kind, Params, Visit, block_of, kinds, owned_shapes, set_leaf
 from zo2jax.models.layers import Batch, Cache
 from zo2jax.pages import Layout, Place, flat
+from zo2jax.plan import Plan
 from zo2jax.probes import Matrices, Probe
 from zo2jax.stores import Link, OnDevice, OnDisk, OnHost, Pages, Store, check_host_memory, result
 from zo2jax.updates import Rounding, Update, move
-
-Tier = Literal["device", "host", "disk"]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Where each block lives, and how it is moved: pure data.
-
-    >>> Plan({"head": "host"}).prefetch
-    1
-    """
-
-    tiers: Mapping[str, Tier] = field(default_factory=dict)
-    """By block; those that are not named, and those whose leaves another block shares, stay on the device."""
-    prefetch: int = 1
-    """Blocks whose upload is begun before the present one is computed."""
-    overlap: bool = True
-    """Whether write-backs go on while the next block is computed."""
-    pinned: bool = True
-    """Whether host memory is page-locked."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for what is no tier, or a negative prefetch."""
-        if wrong := {name: tier for name, tier in self.tiers.items() if tier not in ("device", "host", "disk")}:
-            raise ValueError(f"tiers {wrong}: expected 'device', 'host' or 'disk'")
-        if self.prefetch < 0:
-            raise ValueError(f"prefetch is {self.prefetch}, expected an integer of at least 0")
 
 
 @dataclass(frozen=True, eq=False)
