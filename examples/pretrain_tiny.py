@@ -100,7 +100,9 @@ def main(
         if i % 100 == 0 or i == steps - 1:
             print(f"step {i:5d}  loss {float(loss):.3f}  {time.time() - start:6.0f} s", flush=True)
 
-    trained = model.replace(jax.tree.map(lambda w: w.astype(jnp.bfloat16) if w.ndim >= 2 else w, params))
+    shapes = config.init(jax.random.key(seed), jnp.bfloat16)
+    trained = replace(shapes, source=jax.tree.map(lambda w: w.astype(jnp.bfloat16) if w.ndim >= 2 else w, params))
+    trained = replace(trained, tokenizer=model.tokenizer)
     loss_sum = jax.jit(trained.loss_sum)
     held_out = mean_loss(lambda rows: loss_sum(trained.params, rows), HeldOut(rows.held_out, batch))
     export(trained, folder)
