@@ -25,9 +25,6 @@ Noise = Callable[[], jax.Array]
 GROUP = 4
 """Columns that share one threefry call."""
 
-ROUNDING_STREAM = 1 << 31
-"""Offset of the column groups whose words feed stochastic rounding; those below it feed directions."""
-
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
 
@@ -183,33 +180,63 @@ def uniform16_pair(word: jax.Array) -> tuple[jax.Array, jax.Array]:
     return word >> _u32(16), word & _u32(0xFFFF)
 
 
+def rounding_pair(word: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two integers in [0, 65536), as uint32, for stochastic rounding: the halves of the word, mixed.
+
+    A word serves its direction and the rounding of the update along it, which saves a threefry call. The mixing is that
+    of MurmurHash3's 32-bit finalizer (A. Appleby, public domain), a bijection after which no correlation with z is
+    left: below 3e-5 over 2**28 words (docs/kernels.md).
+
+    >>> [hex(u) for u in rounding_pair(jnp.uint32(1))]
+    ['0x514e', '0x28b7']
+    """
+    word = (word ^ (word >> _u32(16))) * _u32(0x85EBCA6B)
+    word = (word ^ (word >> _u32(13))) * _u32(0xC2B2AE35)
+    return uniform16_pair(word ^ (word >> _u32(16)))
+
+
+def words(
+    key: jax.Array, rows: jax.Array, columns: int, first_group: jax.Array | int = 0
+) -> tuple[jax.Array, jax.Array]:
+    """The threefry words of the rows ``rows`` (uint32 [R]) of an array with ``columns`` columns: two [R, groups].
+
+    ``key`` is uint32 [2]. Group c of row r has the counter (r, c), from ``first_group`` on.
+
+    >>> words(jnp.zeros(2, jnp.uint32), jnp.arange(2, dtype=jnp.uint32), 5)[0].shape
+    (2, 2)
+    """
+    shape = (rows.shape[0], -(-columns // GROUP))
+    group = lax.broadcasted_iota(jnp.uint32, shape, 1) + jnp.asarray(first_group, jnp.uint32)
+    pair = threefry2x32(key[0], key[1], jnp.broadcast_to(rows[:, None], shape), group)
+    return lax.optimization_barrier(pair)  # computed once, not once for each of the four lanes that read them
+
+
+def spread(pair: WordMap, words: tuple[jax.Array, jax.Array], columns: int) -> jax.Array:
+    """The four values of each group, side by side: two [R, groups] of words -> [R, columns].
+
+    >>> spread(rademacher_pair, (jnp.zeros((1, 1), jnp.uint32), jnp.full((1, 1), 1 << 31, jnp.uint32)), 3).tolist()
+    [[1.0, 1.0, -1.0]]
+    """
+    lane = lax.broadcasted_iota(jnp.uint32, (*words[0].shape, GROUP), 2)
+    first, second = pair(jnp.where(lane < _u32(2), words[0][:, :, None], words[1][:, :, None]))
+    values = jnp.where(lane % _u32(2) == _u32(0), first, second)
+    rows, groups = words[0].shape
+    return values.reshape(rows, groups * GROUP)[:, :columns]
+
+
 def draw(
-    pair: WordMap,
-    key: jax.Array,
-    rows: jax.Array,
-    columns: int,
-    *,
-    stream: int = 0,
-    first_group: jax.Array | int = 0,
+    pair: WordMap, key: jax.Array, rows: jax.Array, columns: int, *, first_group: jax.Array | int = 0
 ) -> jax.Array:
     """Values of the rows ``rows`` (uint32[R]) of an array with ``columns`` columns: [R, columns].
 
-    ``key`` is uint32[2]. Element (r, c) is value ``c % 4`` of the threefry call with counter
-    ``(r, c // 4 + stream)``; it depends on nothing else, so any subset of rows can be drawn alone, and so can the
-    columns from ``4 * first_group`` on.
+    ``key`` is uint32[2]. Element (r, c) is value ``c % 4`` of the threefry call with counter ``(r, c // 4)``; it
+    depends on nothing else, so any subset of rows can be drawn alone, and so can the columns from ``4 * first_group``
+    on.
 
     >>> draw(rademacher_pair, jnp.zeros(2, jnp.uint32), jnp.arange(2, dtype=jnp.uint32), 3).tolist()
     [[1.0, 1.0, -1.0], [1.0, -1.0, -1.0]]
     """
-    groups = -(-columns // GROUP)
-    start = jnp.asarray(first_group, jnp.uint32) + _u32(stream)
-    group = lax.broadcasted_iota(jnp.uint32, (rows.shape[0], groups), 1) + start
-    words = threefry2x32(key[0], key[1], jnp.broadcast_to(rows[:, None], group.shape), group)
-    low, high = lax.optimization_barrier(words)  # computed once, not once for each of the four lanes that read them
-    lane = lax.broadcasted_iota(jnp.uint32, (rows.shape[0], groups, GROUP), 2)
-    first, second = pair(jnp.where(lane < _u32(2), low[:, :, None], high[:, :, None]))
-    values = jnp.where(lane % _u32(2) == _u32(0), first, second)
-    return values.reshape(rows.shape[0], groups * GROUP)[:, :columns]
+    return spread(pair, words(key, rows, columns, first_group), columns)
 
 
 def round_to_nearest(x: jax.Array, dtype: Any, noise: Noise) -> jax.Array:

@@ -306,8 +306,10 @@ def _body(plan: _Plan, w_ref: Any, origin: Any, terms: Any, probes: Any, *output
     def spread(x: jax.Array) -> jax.Array:
         return plgpu.layout_cast(lax.broadcast_in_dim(x, (tile, bits.GROUP), (0,)), of_weights)
 
-    def drawn(of: bits.WordMap, key: tuple[jax.Array, jax.Array], stream: int = 0) -> jax.Array:
-        words = bits.threefry2x32(*key, row, group + np.uint32(stream) if stream else group)
+    def words(key0: jax.Array, key1: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return bits.threefry2x32(key0, key1, row, group)
+
+    def values(of: bits.WordMap, words: tuple[jax.Array, jax.Array]) -> jax.Array:
         a, b, c, d = (spread(x) for word in words for x in of(word))
         return jnp.where(lane < 2, jnp.where(lane < 1, a, b), jnp.where(lane < 3, c, d))
 
@@ -317,27 +319,32 @@ def _body(plan: _Plan, w_ref: Any, origin: Any, terms: Any, probes: Any, *output
     pair = _BY_HARDWARE.get(plan.pair, plan.pair) if plan.implementation == "mosaic" else plan.pair
     wide = plgpu.load(w_ref.at[slot], layout=of_weights, optimized=False).astype(jnp.float32)
     if terms is not None:
-        wide = _updated(wide, terms, dtype, plan.rounding, partial(drawn, pair), drawn, zeros)
+        wide = _updated(wide, terms, dtype, plan.rounding, (words, partial(values, pair), values), zeros)
         w_ref[slot] = wide.astype(dtype)
     if probes is not None:
-        _write_probes(wide, probes, outputs[0], program, partial(drawn, pair), zeros)
+        _write_probes(wide, probes, outputs[0], program, lambda *key: values(pair, words(*key)), zeros)
 
 
-def _updated(wide: jax.Array, terms: Any, dtype: Any, rounding: Rounding, z: Any, drawn: Any, zeros: Any) -> jax.Array:
-    """A program's weights, float32 values of ``dtype``, after each update; ``z(key)`` and ``drawn(map, key)`` draw."""
+def _updated(wide: jax.Array, terms: Any, dtype: Any, rounding: Rounding, draws: Any, zeros: Any) -> jax.Array:
+    """A program's weights, float32 values of ``dtype``, after each update.
+
+    ``draws`` are words(key), z(words) and values(map, words).
+    """
     keys, coefs, decay = terms
     updates, directions = coefs.shape
+    words, z, values = draws
 
     def update(u: Any, x: jax.Array) -> jax.Array:
+        first = words(keys[u, 0, 0], keys[u, 0, 1])  # they serve the rounding too
+
         def term(k: Any) -> jax.Array:
-            return coefs[u, k] * z((keys[u, k, 0], keys[u, k, 1]))
+            return coefs[u, k] * z(first if directions == 1 else words(keys[u, k, 0], keys[u, k, 1]))
 
         delta = term(0) if directions == 1 else lax.fori_loop(0, directions, lambda k, d: d + term(k), zeros())
         x = reference.decayed(x, delta, None if decay is None else decay[u], dtype)
         if dtype == jnp.float32:
             return x
-        seed = (keys[u, 0, 0], keys[u, 0, 1])
-        return rounding(x, dtype, lambda: drawn(bits.uniform16_pair, seed, bits.ROUNDING_STREAM)).astype(jnp.float32)
+        return rounding(x, dtype, lambda: values(bits.rounding_pair, first)).astype(jnp.float32)
 
     return update(0, wide) if updates == 1 else lax.fori_loop(0, updates, update, wide)
 
@@ -347,7 +354,7 @@ def _write_probes(wide: jax.Array, probes: Any, out: Any, program: Any, z: Any, 
     keys, matrix = probes
     members, directions = matrix.shape
     if directions == 1:
-        noise = z((keys[0, 0], keys[0, 1]))
+        noise = z(keys[0, 0], keys[0, 1])
         for m in range(members):
             out[m, program] = (wide + matrix[m, 0] * noise).astype(out.dtype)
         return
@@ -355,7 +362,7 @@ def _write_probes(wide: jax.Array, probes: Any, out: Any, program: Any, z: Any, 
         chunk = range(start, min(start + _TOGETHER, members))
 
         def accumulate(k: Any, deltas: tuple[jax.Array, ...], chunk: range = chunk) -> tuple[jax.Array, ...]:
-            noise = z((keys[k, 0], keys[k, 1]))
+            noise = z(keys[k, 0], keys[k, 1])
             return tuple(delta + matrix[m, k] * noise for m, delta in zip(chunk, deltas, strict=True))
 
         deltas = lax.fori_loop(0, directions, accumulate, tuple(zeros() for _ in chunk))

@@ -169,10 +169,13 @@ def perturb(
     """
     rows = where.rows(jnp.arange(where.row_count, dtype=jnp.uint32)) + origin[0]
 
-    def drawn(of: bits.WordMap, key: jax.Array, stream: int = 0) -> jax.Array:
-        columns = where.lead + where.columns
-        values = bits.draw(of, key, rows, columns, stream=stream, first_group=origin[1])
-        return values[:, where.lead :].reshape(w.shape)
+    columns = where.lead + where.columns
+
+    def words(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return bits.words(key, rows, columns, origin[1])
+
+    def values(of: bits.WordMap, words: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return bits.spread(of, words, columns)[:, where.lead :].reshape(w.shape)
 
     wide = w.astype(jnp.float32)
     if terms is not None:
@@ -181,11 +184,16 @@ def perturb(
 
         def update(u: jax.Array, x: jax.Array) -> jax.Array:
             keys, coefs = terms.keys[u], terms.coefs[u]
-            delta = _sum(len(coefs), lambda k: coefs[k] * drawn(pair, keys[k]), jnp.zeros(w.shape, jnp.float32))
+            first = words(keys[0])  # they serve the rounding too
+
+            def term(k: Any) -> jax.Array:
+                return coefs[k] * values(pair, first if len(coefs) == 1 else words(keys[k]))
+
+            delta = _sum(len(coefs), term, jnp.zeros(w.shape, jnp.float32))
             x = decayed(x, delta, None if decay is None else decay[u], w.dtype)
             if w.dtype == jnp.float32:
                 return x
-            x = rounding(x, w.dtype, lambda: drawn(bits.uniform16_pair, keys[0], bits.ROUNDING_STREAM))
+            x = rounding(x, w.dtype, lambda: values(bits.rounding_pair, first))
             # Without the barrier XLA drops the rounding for whoever reads the float32 value.
             return lax.optimization_barrier(x).astype(jnp.float32)
 
@@ -196,7 +204,7 @@ def perturb(
         return w, None
     matrix = probes.matrix.reshape(*probes.matrix.shape, *(1,) * w.ndim)
     start = jnp.zeros((matrix.shape[0], *w.shape), jnp.float32)
-    delta = _sum(matrix.shape[1], lambda k: matrix[:, k] * drawn(pair, probes.keys[k]), start)
+    delta = _sum(matrix.shape[1], lambda k: matrix[:, k] * values(pair, words(probes.keys[k])), start)
     return w, (wide + delta).astype(w.dtype)
 
 

@@ -177,7 +177,7 @@ def test_eager_jit_vmap_and_scan_agree_in_every_bit():
         np.testing.assert_array_equal(z, transformed)
 
 
-@pytest.mark.parametrize("pair", [bits.normal_pair, bits.rademacher_pair, bits.uniform16_pair])
+@pytest.mark.parametrize("pair", [bits.normal_pair, bits.rademacher_pair, bits.rounding_pair])
 @pytest.mark.parametrize(("n_rows", "columns"), [(1, 1), (3, 2), (5, 4), (4, 7), (9, 130)])
 def test_any_rows_and_any_width_are_the_same_noise(pair, n_rows, columns):
     key = jnp.asarray(RNG.integers(0, 2**32, 2, dtype=np.uint32))
@@ -190,11 +190,40 @@ def test_any_rows_and_any_width_are_the_same_noise(pair, n_rows, columns):
 def test_draw_is_made_of_threefry_words():
     """Column c of row r is half c % 2 of word (c % 4) // 2 of the counter (r, c // 4)."""
     key = jnp.asarray([11, 22], jnp.uint32)
-    drawn = bits.draw(bits.uniform16_pair, key, jnp.arange(2, 5, dtype=jnp.uint32), 9, stream=bits.ROUNDING_STREAM)
+    drawn = bits.draw(bits.uniform16_pair, key, jnp.arange(2, 5, dtype=jnp.uint32), 9)
     for r in range(3):
         for c in range(9):
-            word = threefry_2x32(key, jnp.array([r + 2, c // 4 + 2**31], jnp.uint32))[(c % 4) // 2]
+            word = threefry_2x32(key, jnp.array([r + 2, c // 4], jnp.uint32))[(c % 4) // 2]
             assert int(drawn[r, c]) == int(word) >> (16 * (1 - c % 2)) & 0xFFFF
+
+
+def test_rounding_is_not_correlated_with_the_direction():
+    """The bits of stochastic rounding come from the words of z, mixed."""
+    words = jnp.arange(2**24, dtype=jnp.uint32) * np.uint32(256) + np.uint32(77)
+    z = np.stack(jax.jit(bits.normal_pair)(words)).astype(np.float64)
+    noise = (np.stack(jax.jit(bits.rounding_pair)(words)).astype(np.float64) + 0.5) / 65536 - 0.5
+    limit = 4.5 / 2**12  # standard deviations of a mean over 2**24
+    for a in (z, z**2 - 1, np.abs(z) - np.abs(z).mean(), np.sign(z)):
+        for b in (noise, noise[::-1]):
+            assert np.all(np.abs(np.mean(a * b, axis=1)) < limit * np.sqrt(np.mean(a**2) / 12))
+    assert np.all(np.abs(noise.mean(axis=1)) < limit / np.sqrt(12)) and abs(np.mean(noise**2) - 1 / 12) < limit
+    for half in (words >> np.uint32(16), words & np.uint32(0xFFFF)):  # the radius and the angle, in sixteen parts each
+        parts = np.asarray(half) >> 12
+        for row in noise:
+            counts = np.histogram2d(parts, row, bins=(16, 16), range=((0, 16), (-0.5, 0.5)))[0]
+            counts = counts[counts.sum(axis=1) > 0]
+            expected = counts.sum(axis=1, keepdims=True) / 16
+            assert np.sum((counts - expected) ** 2 / expected) < counts.size + 5 * np.sqrt(2 * counts.size)
+
+
+def test_rounding_bits_are_those_of_murmurhash3():
+    """fmix32 in Python integers, as published (Appleby, MurmurHash3.cpp)."""
+    for word in [0, 1, 0x12345678, 0xFFFFFFFF, *RNG.integers(0, 2**32, 50).tolist()]:
+        h = word ^ (word >> 16)
+        h = h * 0x85EBCA6B % 2**32
+        h = (h ^ (h >> 13)) * 0xC2B2AE35 % 2**32
+        h ^= h >> 16
+        assert [int(x) for x in bits.rounding_pair(jnp.uint32(word))] == [h >> 16, h & 0xFFFF]
 
 
 def test_cut12_products_are_exact():

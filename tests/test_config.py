@@ -3,11 +3,14 @@
 from dataclasses import fields
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import zo2jax as zo
 from zo2jax.config import Config, ConfigError, find_config, load_config, with_overrides
+from zo2jax.models.llama import LlamaConfig
 
 
 def test_names_others_rely_on():
@@ -45,6 +48,9 @@ def test_overrides_are_typed():
         ("learning_rate=nan", "learning_rate=nan: expected a finite number"),
         ("held_out=1", "held_out=1.0: expected a fraction"),
         ("seed=-1", "seed=-1: expected"),
+        ("tier=tape", "tier=tape: expected one of 'device', 'host', 'disk'"),
+        ("device_memory=much", "device_memory=much: size 'much': expected .* such as 4GiB"),
+        ("prefetch=-1", "prefetch=-1: expected an integer of at least 0"),
     ],
 )
 def test_bad_overrides(override, message):
@@ -71,6 +77,28 @@ def test_bad_config_files(tmp_path, text, message):
     (tmp_path / "mine.py").write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_config(str(tmp_path / "mine.py"))
+
+
+def test_where_blocks_live_is_no_part_of_a_runs_config():
+    config = with_overrides(Config, ["tier=host", "device_memory=4GiB", "prefetch=2"])
+    assert config.as_json() == Config().as_json()
+    assert not {"tier", "device_memory", "prefetch"} & config.as_json().keys()
+
+
+def test_a_config_makes_a_plan():
+    shape = {"vocabulary": 8, "size": 8, "hidden": 8, "layers": 1, "heads": 2, "kv_heads": 1, "head_size": 4}
+    model = LlamaConfig(**shape, context=16).init(jax.random.key(0))
+    ids = np.zeros((2, 4), np.int32)
+    batch = {"ids": ids, "targets": ids}
+    config = with_overrides(Config, ["tier=disk", "device_memory=1GiB", "prefetch=2", "directions=3"])
+    plan = config.make_plan(model, batch)
+    estimator = zo.averaged(zo.two_point(1e-3), 3)
+    options = {"tokens": 4, "rows": 2, "tier": "disk", "prefetch": 2}
+    assert plan.budget == zo.plan(model, estimator, device_memory="1GiB", **options).budget
+    assert set(plan.tiers.values()) == {"device"} and plan.prefetch == 2
+    assert Config(tier="disk").make_plan(model, batch).tiers["head"] == "disk"
+    with pytest.raises(ValueError, match=r"device_memory is .* with all blocks on the device: .*tier='host'"):
+        Config(device_memory="1kB").make_plan(model, batch)
 
 
 def test_unknown_config_lists_the_known_ones():

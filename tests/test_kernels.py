@@ -67,11 +67,11 @@ def assert_same_bits(a, b):
 # --- against NumPy ----------------------------------------------------------------------------------------------------
 
 
-def words(key, shape, start=(0, 0), stream=0):
+def words(key, shape, start=(0, 0)):
     """The word of each element of an array whose first is (row, column) ``start``, and which half of it is its own."""
     c = start[1] + np.arange(shape[-1] if shape else 1)
     r = start[0] + np.arange(int(np.prod(shape[:-1])))
-    row, group = np.broadcast_arrays(r[:, None].astype(np.uint32), (c // 4 + stream).astype(np.uint32))
+    row, group = np.broadcast_arrays(r[:, None].astype(np.uint32), (c // 4).astype(np.uint32))
     pair = np.asarray(threefry_2x32(key, np.concatenate([row.ravel(), group.ravel()]))).reshape(2, *row.shape)
     return np.where(c % 4 < 2, *pair).reshape(shape), np.broadcast_to(c % 2 == 1, row.shape).reshape(shape)
 
@@ -117,8 +117,9 @@ def test_against_float64(implementation, shape, dtype, pair):
 def test_stochastic_rounding_takes_its_bits_from_the_first_key(implementation):
     w, terms = weights((7, 13), jnp.bfloat16), random_terms(1, 2)
     wide, _ = run(w.astype(jnp.float32), terms, implementation=implementation)
-    word, second = words(terms.keys[0, 0], w.shape, stream=2**31)
-    expected = (np.asarray(wide).view(np.uint32) + np.where(second, word & 0xFFFF, word >> 16)) >> 16
+    word, second = words(terms.keys[0, 0], w.shape)
+    high, low = (np.asarray(half) for half in bits.rounding_pair(jnp.asarray(word)))
+    expected = (np.asarray(wide).view(np.uint32) + np.where(second, low, high)) >> 16
     rounded, _ = run(w, terms, rounding=bits.round_stochastically, implementation=implementation)
     np.testing.assert_array_equal(np.asarray(rounded).view(np.uint16), expected)
 

@@ -233,6 +233,73 @@ def test_integer_leaves_pass_through():
     assert state.params["steps"].tolist() == [0, 1, 2] and not np.array_equal(state.params["w"], params["w"])
 
 
+def to_host(tree):
+    return jax.device_put(tree, jax.tree.map(lambda x: x.sharding.with_memory_kind("pinned_host"), tree))
+
+
+def spaces(tree):
+    return [jax.typeof(x).memory_space for x in jax.tree.leaves(tree)]
+
+
+@pytest.fixture(scope="module")
+def kinds_last():
+    """Whether results have the memory kind of their type; on CPUs, jax 0.10 says "device", and aborts on donation."""
+    same = jax.jit(lambda x: jax.device_put(x, jax.memory.Space.Host))(jnp.ones(2))
+    return same.sharding.memory_kind == "pinned_host"
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_parameters_in_host_memory(dtype, kinds_last):
+    """The same bits after five steps, and the new parameters are where the old ones were; those that were not, too."""
+    params, batch = problem(dtype)
+    params |= {"again": params["in"] + 1, "count": jnp.arange(3), "key": jnp.ones((2, 2))}
+
+    def loss(p, batch):
+        assert set(spaces(p)) == {jax.memory.Space.Device}
+        p = {**p, "in": p["in"] + p["again"]}
+        return loss_fn(p, batch) + jnp.sum(p["key"]) + jnp.sum(p["count"]).astype(jnp.float32)
+
+    algorithm = zo.mezo(loss, zo.averaged(zo.two_point(2.0**-6), 2), zo.sgd(1e-2, 0.1))
+    start = algorithm.init(params, jax.random.key(5))
+    hosted = to_host({name: jnp.array(w) for name, w in params.items() if name != "again"})
+    state = algorithm.init({**params, **hosted}, jax.random.key(5))
+    where = spaces(state.params)
+    assert where.count(jax.memory.Space.Host) == 5 and len(where) == 6
+    step = jax.jit(algorithm.step, donate_argnums=0 if kinds_last else ())
+    expected, first = start, state.params
+    for _ in range(5):
+        expected, _ = jax.jit(algorithm.step)(expected, batch)
+        state, _ = step(state, batch)
+        assert spaces(state.params) == where
+        if kinds_last:
+            kinds = [w.sharding.memory_kind for w in jax.tree.leaves(state.params)]
+            assert kinds.count("pinned_host") == 5 and kinds.count("device") == 1
+            assert first["in"].is_deleted()
+    jax.tree.map(np.testing.assert_array_equal, state.params, expected.params)
+    assert np.mean(np.asarray(state.params["in"]) != np.asarray(params["in"])) > 0.5
+
+
+def test_parameters_in_host_memory_within_a_scan():
+    params, batch = problem()
+    algorithm = zo.mezo(loss_fn, zo.two_point(2.0**-6), zo.sgd(1e-2))
+    many = jax.jit(lambda s: jax.lax.scan(lambda s, _: algorithm.step(s, batch), s, None, length=3)[0])
+    state = many(algorithm.init(to_host(params), jax.random.key(5)))
+    assert set(spaces(state.params)) == {jax.memory.Space.Host}
+    expected = many(algorithm.init(params, jax.random.key(5)))
+    jax.tree.map(np.testing.assert_array_equal, state.params, expected.params)
+
+
+def test_on_a_gpu_leaves_move_one_by_one():
+    """What a GPU is told: each leaf goes up for the probes, in their loop, and for the update; and down once."""
+    params, batch = problem()
+    algorithm = zo.mezo(loss_fn, zo.two_point(1e-3), zo.sgd(1e-2))
+    state = algorithm.init(to_host(params | {"count": jnp.arange(3)}), jax.random.key(5))
+    text = jax.jit(algorithm.step).trace(state, batch).lower(lowering_platforms=("cuda",)).as_text()
+    moves = [text.count(f'_xla_buffer_placement = "{kind}"') for kind in ("device", "pinned_host")]
+    assert moves == [2 * 3, 3]  # and integers that the loss does not look at stay
+    assert text.count('mhlo.memory_kind = "pinned_host"') == 2 * 4  # of the old state and the new
+
+
 def test_construction_refuses_other_generators():
     algorithm = zo.mezo(loss_fn, zo.two_point(1e-3), zo.sgd(0.1))
     with pytest.raises(ValueError, match="generator 'rbg'"):

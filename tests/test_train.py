@@ -3,15 +3,18 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from families import optimization
 
 import zo2jax as zo
 from zo2jax import cli, demo, train
+from zo2jax.checkpoint import Snapshots
 from zo2jax.config import load_config
 from zo2jax.metrics import read_metrics
 from zo2jax.run import Run
@@ -104,6 +107,81 @@ def test_steps_may_grow_and_nothing_else_changes(arguments, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "eps: 0.01 there, 0.02 now; seed: 0 there, 5 now" in error and "Only steps may grow" in error
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+@pytest.fixture
+def unoptimized():
+    """Compiling takes a third of the time."""
+    with optimization(False):
+        yield
+
+
+@pytest.mark.usefixtures("unoptimized")
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_tiers_change_no_weights_and_no_evaluation(arguments, tmp_path, capsys, tier):
+    """A run in a tier, one that goes on in another, and its evaluation in a third."""
+    assert cli.main(arguments(directory="whole")) == 0
+    assert "device memory" not in capsys.readouterr().out
+    assert cli.main(arguments(f"tier={tier}", "prefetch=0")) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"2 blocks on the device, 2 blocks (in host|on the)", out)  # a matrix that is shared
+    assert cli.main(arguments("steps=8", "tier=host", "device_memory=1GiB")) == 0
+    assert "4 blocks on the device; 0.00 of 1.00 GiB of device memory" in " ".join(capsys.readouterr().out.split())
+    assert cli.main(arguments("steps=8", directory="whole")) == 0
+    jax.tree.map(np.testing.assert_array_equal, weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert read_metrics(tmp_path / "run")[-1]["eval/loss"] == read_metrics(tmp_path / "whole")[-1]["eval/loss"]
+    capsys.readouterr()
+    lines = set()
+    for where in ([], ["tier=device", "device_memory=1GiB"], ["tier=host"], ["tier=disk", "prefetch=3"]):
+        assert cli.main(["eval", str(tmp_path / "run"), *where]) == 0
+        lines.add(capsys.readouterr().out)
+    assert len(lines) == 1 and "step 8  held-out loss" in lines.pop()
+    assert not list((tmp_path / "run").glob("**/*.page")) and not list((tmp_path / "run").glob("pages-*"))
+    assert cli.main(["eval", *arguments("tier=disk", directory="none")[1:]]) == 0
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.usefixtures("unoptimized")
+@pytest.mark.parametrize("objective", ["candidates", "accuracy", "generated"])
+def test_a_task_is_trained_and_evaluated_in_its_tier(objective, tiny_folder, tmp_path):
+    examples = [{"sentence": "fine " * n, "label": n % 2} for n in range(1, 13)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
+    keys = [f"model={tiny_folder}", f"data={tmp_path}", "validation=train.jsonl", "task=sst2", "train_examples=8"]
+    keys += ["dev_examples=4", "steps=2", "eval_every=1", "batch=2"]
+    results = {}
+    for tier in ("device", "host"):
+        more = [f"objective={objective}", f"tier={tier}", f"directory={tmp_path / tier}", "dtype=float32"]
+        result = train.train(load_config("mezo_sst2", [*keys, *more]))
+        results[tier] = (result.first, result.last, result.metrics)
+    assert results["device"] == results["host"] and results["host"][2]
+    jax.tree.map(np.testing.assert_array_equal, *(weights(tmp_path / tier) for tier in results))
+
+
+def test_too_little_device_memory_is_refused_before_anything_is_written(arguments, tmp_path, capsys):
+    for tier, next_move in (("host", "fewer rows or tokens, or prefetch=0"), ("device", "tier='host', which needs")):
+        assert cli.main(arguments(f"tier={tier}", "device_memory=10kB")) == 1
+        error = capsys.readouterr().err
+        assert "a batch of 4 x 16 needs" in error and next_move in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_trained_model_is_read_block_by_block(arguments, tmp_path, monkeypatch):
+    assert cli.main(arguments()) == 0
+    asked = []
+    block = Snapshots.block
+    monkeypatch.setattr(
+        Snapshots, "block", lambda self, step, name, like: asked.append(name) or block(self, step, name, like)
+    )
+    _, model = train.trained_model(tmp_path / "run")
+    assert asked == [] and set(model.source["layers.0.mlp"]) == {"down", "gate", "norm", "up"}
+    assert asked == ["layers.0.mlp"]
+    zo.models.hub.export(model, tmp_path / "exported")
+    assert asked == [
+        "layers.0.mlp",
+        *(block.name for block in model.blocks if block.shapes and block.name != "head"),
+        "head",
+    ]
+    assert not isinstance(model.source, dict)
 
 
 def test_a_schedule_over_the_steps_may_not_grow(arguments, capsys):

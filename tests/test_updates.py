@@ -192,3 +192,21 @@ def test_zero_coefficients_change_nothing():
         moved = zo.apply_update(params, update, leaf_ids(params))
         for name in params:
             np.testing.assert_array_equal(moved[name], params[name])
+
+
+def test_leaves_in_host_memory_move_like_any():
+    """Equal leaves, one of them in host memory; as operations one by one, and in a program."""
+    params, update = make_params(jnp.bfloat16), make_update(2, decay=0.1)
+    hosted = {name: w for name, w in params.items() if name in ("m", "v", "i", "e", "s")}
+    hosted = jax.device_put(hosted, jax.tree.map(lambda w: w.sharding.with_memory_kind("pinned_host"), hosted))
+    mixed, ids, keys = params | hosted, leaf_ids(params), jax.random.split(jax.random.key(8), 2)
+    moved = zo.apply_update(params, update, ids)
+    probe = perturb(params, keys, jnp.array([1e-2, 2e-2]), ids)
+    for way in (lambda f: f, jax.jit):
+        ours = way(lambda p: zo.apply_update(p, update, ids))(mixed)
+        probed = way(lambda p: perturb(p, keys, jnp.array([1e-2, 2e-2]), ids))(mixed)
+        for name in params:
+            np.testing.assert_array_equal(ours[name], moved[name])
+            np.testing.assert_array_equal(probed[name], probe[name])
+            assert jax.typeof(ours[name]).memory_space == jax.typeof(mixed[name]).memory_space
+            assert jax.typeof(probed[name]).memory_space == jax.memory.Space.Device

@@ -27,11 +27,13 @@ from zo2jax.models.heads import QuestionAnswering as QuestionAnswering
 from zo2jax.models.hub import load as load
 from zo2jax.models.layers import realign as realign
 from zo2jax.models.model import Model as Model
+from zo2jax.models.stages import blocks as blocks
 from zo2jax.objectives import Generated as Generated
 from zo2jax.optimizers import Optimizer as Optimizer
 from zo2jax.optimizers import faithful as faithful
 from zo2jax.optimizers import sgd as sgd
 from zo2jax.plan import Plan as Plan
+from zo2jax.plan import plan as plan
 from zo2jax.run import NonFiniteLoss as NonFiniteLoss
 from zo2jax.run import Run as Run
 from zo2jax.run import StepInfo as StepInfo

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
@@ -43,6 +44,11 @@ class _Move(ocp.CheckpointHandler):
 
     def restore(self, directory: Any, args: Any = None) -> Any:
         raise NotImplementedError("blocks are restored one by one")
+
+
+def _placed(array: np.ndarray, like: Any) -> jax.Array:
+    """The array where ``like`` is; not bound to a device if that is not, or programs would be compiled once more."""
+    return jax.device_put(array, like.sharding) if getattr(like, "committed", False) else jnp.array(array)
 
 
 class Snapshots:
@@ -140,7 +146,7 @@ class Snapshots:
         expected = _flat(tree)
         found = self._read(self._snapshot(step) / "state", "state", expected)
         # By name, for ``found`` is in alphabetical order.
-        placed = [jax.device_put(found[name], getattr(leaf, "sharding", None)) for name, leaf in expected.items()]
+        placed = [_placed(found[name], leaf) for name, leaf in expected.items()]
         tree = jax.tree.unflatten(jax.tree.structure(tree), placed)
         key = jax.random.wrap_key_data(tree.pop("key"), impl="threefry2x32")
         return State(params={}, key=key, **tree)

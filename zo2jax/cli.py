@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 
-from zo2jax import __version__, bench, demo, train
+from zo2jax import __version__, demo, train
+from zo2jax.bench import commands as bench
 from zo2jax.config import load_config
 from zo2jax.models.generation import Choose, greedy, sampling
 from zo2jax.models.hub import export, load
@@ -56,14 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     add_overrides(sub)
 
     sub = commands.add_parser("bench", help="time and peak memory of a step, on random weights of a real model's shape")
-    sub.add_argument("shape", choices=sorted(bench.SHAPES), help="the model")
-    sub.add_argument("--layers", type=int, help="cut the model to so many layers")
-    default = bench.DEFAULT
-    sub.add_argument("--tokens", type=int, default=default.tokens, help="tokens in a row")
-    sub.add_argument("--rows", type=int, default=default.rows, help="rows in a batch")
-    sub.add_argument("--candidates", type=int, default=0, help="rows are examples of so many candidates (a task)")
-    sub.add_argument("--steps", type=int, default=default.steps, help="steps in each of three timed rounds")
-    sub.add_argument("--what", choices=bench.WHAT, nargs="+", default=bench.WHAT[:3], help="what is measured")
+    bench.add_arguments(sub)
     return parser
 
 
@@ -79,8 +73,7 @@ def _run(arguments: argparse.Namespace) -> int:
     elif arguments.command == "generate":
         _generate(arguments)
     elif arguments.command == "bench":
-        work = bench.Work(**{name: getattr(arguments, name) for name in ("tokens", "rows", "candidates", "steps")})
-        bench.bench(arguments.shape, layers=arguments.layers, work=work, what=arguments.what)
+        bench.run(arguments)
     else:
         _, model = train.trained_model(arguments.run, best=arguments.best)
         print(export(model, arguments.output))

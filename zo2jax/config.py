@@ -16,7 +16,9 @@ import tyro
 
 from zo2jax.directions import Direction, normal, rademacher
 from zo2jax.estimators import Estimator, averaged, two_point
+from zo2jax.models.model import Model
 from zo2jax.optimizers import Optimizer, sgd
+from zo2jax.plan import Plan, parse_size, plan
 from zo2jax.updates import Rounding, nearest, stochastic
 
 _DIRECTIONS: dict[str, Direction] = {"normal": normal, "rademacher": rademacher}
@@ -96,6 +98,14 @@ class Config:
     """Steps in a row that may have a loss that is not finite."""
     tensorboard: bool = True
     """Whether metrics are written for TensorBoard, beside metrics.jsonl."""
+    tier: Literal["device", "host", "disk"] = "device"
+    """Where blocks live that do not stay on the device. It, and the next two, change no weights: a run may go on, or be
+    evaluated, with others."""
+    device_memory: str = ""
+    """The most device memory that training may take, such as 4GiB: as many blocks stay on the device as fit. Empty: all
+    blocks go to ``tier``. With tier=device, what does not fit is refused."""
+    prefetch: int = 1
+    """Blocks whose upload is begun before the present one is computed."""
 
     def __post_init__(self) -> None:
         """Checks the ranges of all fields.
@@ -107,8 +117,14 @@ class Config:
         for name in (*counts, "train_examples", "dev_examples", "eval_examples"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected an integer of at least 1")
-        if self.demonstrations < 0:
-            raise ConfigError(f"demonstrations={self.demonstrations}: expected an integer of at least 0")
+        for name in ("demonstrations", "prefetch"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)}: expected an integer of at least 0")
+        if self.device_memory:
+            try:
+                parse_size(self.device_memory)
+            except ValueError as error:
+                raise ConfigError(f"device_memory={self.device_memory}: {error}") from None
         for name in ("learning_rate", "weight_decay", "clip"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}={getattr(self, name)}: expected a finite number of at least 0")
@@ -134,6 +150,21 @@ class Config:
         }
         return sgd(rates[self.schedule], self.weight_decay, transform=optax.clip(self.clip) if self.clip else None)
 
+    def make_plan(self, model: Model, batch: Any) -> Plan:
+        """Where the blocks of a model live while batches of these shapes are trained on.
+
+        Raises:
+            ValueError: if ``device_memory`` is too small, naming the smallest that works.
+        """
+        return plan(
+            model,
+            self.make_estimator(),
+            batch=batch,
+            tier=self.tier,
+            device_memory=self.device_memory or None,
+            prefetch=self.prefetch,
+        )
+
     def make_rounding(self) -> Rounding:
         """The rounding policy of updates."""
         return _ROUNDINGS[self.rounding]
@@ -141,7 +172,8 @@ class Config:
     def as_json(self) -> dict[str, Any]:
         """What config.json holds: every field but those that change no weights; local paths are absolute."""
         values = asdict(self)
-        for name in ("directory", "tensorboard", "eval_examples", "demonstrations", "scoring"):
+        neutral = ("directory", "tensorboard", "eval_examples", "demonstrations", "scoring")
+        for name in (*neutral, "tier", "device_memory", "prefetch"):
             del values[name]
         values |= {name: _absolute(values[name]) for name in ("model", "task", "validation")}
         values["data"] = ",".join(_absolute(part.strip()) for part in self.data.split(","))

@@ -2,9 +2,13 @@
 
 import json
 import os
+import resource
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import jax
 
 _BOARD_EVERY = 10
 """Steps between two points of a training curve in TensorBoard; writing one takes a millisecond."""
@@ -22,6 +26,18 @@ def write_atomically(path: Path, text: str) -> None:
     scratch = path.with_suffix(".tmp")
     scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)
+
+
+def memory_peaks() -> dict[str, int]:
+    """The most memory that this process has taken so far, in bytes: of the host, and of the device where it counts.
+
+    >>> memory_peaks()["memory/host_peak"] > 2**20
+    True
+    """
+    unit = 1 if sys.platform == "darwin" else 1024
+    peaks = {"memory/host_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    device = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return peaks if device is None else peaks | {"memory/device_peak": device}
 
 
 class Metrics:

@@ -103,6 +103,11 @@ def mezo(loss_fn: LossFn, estimator: Estimator, optimizer: Any, *, rounding: Rou
     coefficients, and moves the weights once. Both functions are pure, for use inside your own ``jax.jit``,
     ``lax.scan`` and with donation. A step whose losses are not all finite leaves the weights as they are.
 
+    Parameters may be in host memory (shardings of the memory kind "pinned_host"): a leaf comes to the device where a
+    probe is made of it and where it is moved, and goes back, so that the new state is where the old one was. But
+    ``loss_fn`` is given a probe all of whose leaves are in device memory at once. A model larger than that is for
+    `zo2jax.Run`, which has one block there at a time, and moves the next one while it computes.
+
     Args:
         loss_fn: ``(params, batch) -> float32 []``.
         estimator: for example ``zo.two_point(eps=1e-3)``.

@@ -4,7 +4,6 @@ A member's matrix exists from the product that needs it to the end of that produ
 their tokens only, and a head for as many rows of the vocabulary as it looks at.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -196,12 +195,3 @@ def member_product(member: jax.Array, x: jax.Array, members: jax.Array, dtype: A
         return jnp.stack([product(x[m] if in_batched[1] else x, members[m], dtype) for m in range(size)]), True
 
     return apart(member, x, members)
-
-
-def largest(places: list[Place]) -> int:
-    """Elements of the largest matrix; 0 without any.
-
-    >>> largest([Place(0, 0, (2, 3))])
-    6
-    """
-    return max((math.prod(place.shape) for place in places), default=0)

@@ -16,7 +16,7 @@ import numpy as np
 from zo2jax.checkpoint import Snapshots
 from zo2jax.directions import step_keys
 from zo2jax.estimators import Estimator
-from zo2jax.metrics import Metrics, write_atomically
+from zo2jax.metrics import Metrics, memory_peaks, write_atomically
 from zo2jax.mezo import Info, State, conclude, mezo
 from zo2jax.models.blocks import Source, forward, owned_shapes
 from zo2jax.models.hub import export
@@ -25,6 +25,7 @@ from zo2jax.models.model import Model
 from zo2jax.objectives import Generated
 from zo2jax.optimizers import Optimizer, as_optimizer
 from zo2jax.plan import Plan
+from zo2jax.plan.machine import measure_machine
 from zo2jax.stream import Stream
 from zo2jax.updates import Rounding, Update, stochastic
 
@@ -59,6 +60,10 @@ class StepInfo:
     """Throughput of the last step that is known to be done; NaN before there is one."""
     tokens: int
     """Tokens of the batch."""
+    bytes_up: int
+    """What went from host memory to the device for this step, and for the first block of the next."""
+    bytes_down: int
+    """What went back."""
     update: Update
 
 
@@ -170,16 +175,18 @@ class Run:
         source: Mapping[str, Any] = model.source
         if (last := self._snapshots.last) is not None:
             state = self._restored(state, last)
-            source = Source({name: partial(self._snapshots.block, last, name, like) for name, like in shapes.items()})
+            readers = {name: partial(self._snapshots.block, last, name, like) for name, like in shapes.items()}
+            source = Source(readers)
         self._state = state
         plan = Plan() if plan is None else plan
         try:
             self._stream = Stream(trained.blocks, source, estimator.direction, rounding, plan, self.directory / "pages")
         except ValueError as error:
             raise self._misfit(last, error) from error
+        if set(self._stream.tiers.values()) != {"device"}:
+            measure_machine()  # while no step waits
         self._matrix = jnp.asarray(estimator.probes)
-        self._begin = jax.jit(partial(step_keys, count=estimator.directions))
-        self._conclude = jax.jit(partial(_conclude, estimator, optimizer))
+        self._estimator, self._optimizer = estimator, optimizer
         self._nothing = Update(
             step_keys(state.key, state.step, estimator.directions), jnp.zeros(estimator.directions), jnp.zeros(())
         )
@@ -232,16 +239,17 @@ class Run:
             ValueError: for a batch without targets. It, and any batch that the model cannot take, changes no weights.
             NonFiniteLoss: after ``max_skipped`` steps in a row without a finite loss; they changed no weights.
         """
-        keys = self._begin(self._state.key, self._state.step)
+        keys = _step_keys(self._state.key, self._state.step, self._estimator.directions)
+        up, down = self._stream.bytes_up, self._stream.bytes_down
         sums = self._losses(keys, batch)
-        info, opt_state, step = self._conclude(keys, sums, self._state.opt_state, self._state.step)
+        up, down = self._stream.bytes_up - up, self._stream.bytes_down - down
+        how, state = (self._estimator, self._optimizer), self._state
+        info, opt_state, step = _conclude(*how, keys, sums, state.opt_state, state.step)
         self._state, self._update = self._state._replace(opt_state=opt_state, step=step), info.update
         self._done += 1
-        previous, self._pending = (
-            self._pending,
-            StepInfo(
-                self._done, info.loss, info.projected_gradient, info.skipped, self._rate, _tokens(batch), info.update
-            ),
+        previous, loss, gradient = self._pending, info.loss, info.projected_gradient
+        self._pending = StepInfo(
+            self._done, loss, gradient, info.skipped, self._rate, _tokens(batch), up, down, info.update
         )
         self._record(previous)
         if self._skipped_in_row >= self._max_skipped:
@@ -337,9 +345,8 @@ class Run:
             return
         skipped = bool(info.skipped)  # waits for the step
         now = time.perf_counter()
-        if self._finished is not None:
-            self._rate = info.tokens / (now - self._finished)
-        self._finished = now
+        seconds = float("nan") if self._finished is None else now - self._finished
+        self._finished, self._rate = now, info.tokens / seconds
         gradient = [_number(g) for g in np.asarray(info.projected_gradient)]
         line: dict[str, Any] = {
             "step": info.step,
@@ -347,10 +354,17 @@ class Run:
             "train/projected_gradient": gradient[0] if len(gradient) == 1 else gradient,
             "tokens_per_second": _number(self._rate),
         }
-        self._metrics.write(line | ({"train/skipped": True} if skipped else {}))
+        if moved := info.bytes_up + info.bytes_down:
+            share = _number(moved / seconds / measure_machine().both)
+            line |= {"link/bytes_up": info.bytes_up, "link/bytes_down": info.bytes_down, "link/share": share}
+        self._metrics.write(line | memory_peaks() | ({"train/skipped": True} if skipped else {}))
         self._skipped_in_row = self._skipped_in_row + 1 if skipped else 0
 
 
+_step_keys = jax.jit(step_keys, static_argnums=2)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
 def _conclude(
     estimator: Estimator, optimizer: Optimizer, keys: jax.Array, sums: Any, opt_state: Any, step: jax.Array
 ) -> tuple[Info, Any, jax.Array]:

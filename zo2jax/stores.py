@@ -33,6 +33,20 @@ class StoreError(OSError):
     """
 
 
+class Copy:
+    """A copy to host memory that is under way."""
+
+    def __init__(self, finish: Callable[[], None]):
+        """``finish()`` waits for it."""
+        self._finish: Callable[[], None] | None = finish
+
+    def result(self) -> None:
+        """Returns when it is there."""
+        if self._finish is not None:
+            self._finish()
+        self._finish = None  # with the array, whose memory is free from here on
+
+
 class Link:
     """Moves pages between host memory and the device.
 
@@ -41,35 +55,36 @@ class Link:
 
     >>> link = Link()
     >>> memory = link.memory(4096)
-    >>> link.down(jnp.arange(4, dtype=jnp.uint8), memory[:4])
+    >>> link.down(jnp.arange(4, dtype=jnp.uint8), memory[:4]).result()
     >>> link.up(memory[:4]).tolist()
     [0, 1, 2, 3]
     """
 
     def __init__(self, *, pinned: bool = True):
         """Finds the driver."""
-        self._device = jax.devices()[0]
-        self._cuda = ctypes.CDLL("libcuda.so.1") if self._device.platform == "gpu" else None
+        (device,) = jnp.zeros(1).devices()  # the default one, which has a context now
+        self._cuda = ctypes.CDLL("libcuda.so.1") if device.platform == "gpu" else None
         self._pinned = pinned and self._cuda is not None
         self._registered: list[tuple[int, mmap.mmap]] = []
-        self._here = local()
-        self._context = ctypes.c_void_p()
+        self._thread = local()
+        self._context, self._stream = ctypes.c_void_p(), ctypes.c_void_p()
         if self._cuda is not None:
-            jnp.zeros(1).block_until_ready()
-            self._call(
-                "cuDevicePrimaryCtxRetain",
-                ctypes.byref(self._context),
-                ctypes.c_int(self._device.local_hardware_id or 0),
-            )
+            number = ctypes.c_int(device.local_hardware_id or 0)
+            self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), number)
+            self._enter()
+            self._call("cuStreamCreate", ctypes.byref(self._stream), ctypes.c_uint(1))  # waits for no other stream
 
-    def memory(self, nbytes: int) -> np.ndarray:
+    def memory(self, nbytes: int, fill: Callable[[np.ndarray], None] = lambda memory: None) -> np.ndarray:
         """Host memory, uint8 [nbytes], aligned to a page of the operating system.
+
+        ``fill`` writes to it before it is locked, which is faster than to touch it first and then write.
 
         Raises:
             StoreError: if the driver refuses to lock it.
         """
         buffer = mmap.mmap(-1, max(nbytes, 1))
         memory = np.frombuffer(buffer, np.uint8)[:nbytes]
+        fill(memory)
         if self._pinned:
             self._enter()
             address = memory.ctypes.data
@@ -81,36 +96,46 @@ class Link:
         """A copy on the device, which may still be under way; the page must not change until it is there."""
         if self._cuda is None:
             return jnp.array(page)  # a transfer would keep to the memory itself
-        return jax.device_put(page, self._device)
+        return jax.device_put(page)
 
-    def down(self, array: jax.Array, page: np.ndarray) -> None:
-        """Copies an array into host memory; returns when it is there."""
+    def down(self, array: jax.Array, page: np.ndarray) -> Copy:
+        """Copies an array into host memory, as soon as it is computed; no thread waits for that."""
         if self._cuda is None:
-            np.copyto(page, np.asarray(array))
-            return
+            return Copy(lambda: np.copyto(page, np.asarray(array)))
         self._enter()
-        array.block_until_ready()
-        stream = self._here.stream
+        exported: Any = array
+        held = exported.__dlpack__(stream=self._stream.value)  # the stream waits for the array; its memory is kept
         source = ctypes.c_uint64(array.unsafe_buffer_pointer())
         target, count = ctypes.c_void_p(page.ctypes.data), ctypes.c_size_t(array.nbytes)
-        self._call("cuMemcpyDtoHAsync_v2", target, source, count, stream)
-        self._call("cuStreamSynchronize", stream)
+        self._call("cuMemcpyDtoHAsync_v2", target, source, count, self._stream)
+        event = ctypes.c_void_p()
+        self._call("cuEventCreate", ctypes.byref(event), ctypes.c_uint(2))  # without times
+        self._call("cuEventRecord", event, self._stream)
+
+        def finish() -> None:
+            nonlocal held
+            self._enter()
+            self._call("cuEventSynchronize", event)
+            self._call("cuEventDestroy_v2", event)
+            held = None
+
+        return Copy(finish)
 
     def close(self) -> None:
         """Lets go of all host memory."""
-        if self._registered:
-            self._enter()
+        if self._cuda is None:
+            return
+        self._enter()
+        self._call("cuStreamSynchronize", self._stream)
         for address, _ in self._registered:
             self._call("cuMemHostUnregister", ctypes.c_void_p(address))
         self._registered.clear()
 
     def _enter(self) -> None:
-        """Gives the calling thread the device's context and a stream of its own."""
-        if getattr(self._here, "stream", None) is None:
+        """Gives the calling thread the device's context."""
+        if not getattr(self._thread, "entered", False):
             self._call("cuCtxSetCurrent", self._context)
-            stream = ctypes.c_void_p()
-            self._call("cuStreamCreate", ctypes.byref(stream), ctypes.c_uint(1))
-            self._here.stream = stream
+            self._thread.entered = True
 
     def _call(self, name: str, *arguments: Any) -> None:
         if status := getattr(self._cuda, name)(*arguments):
@@ -123,8 +148,8 @@ class Store(Protocol):
     def upload(self) -> "Pages | Future[Pages]":
         """The pages on the device; begins now, and may end later."""
 
-    def commit(self, pages: Pages) -> Future[None] | None:
-        """Keeps changed pages; begins now, ends with the future."""
+    def commit(self, pages: Pages) -> "Copy | Future[None] | None":
+        """Keeps changed pages; begins now, and has ended when the result is there."""
 
     def read(self) -> list[np.ndarray] | Pages:
         """The pages as they are, for whoever copies them."""
@@ -154,22 +179,23 @@ class OnDevice:
 class OnHost:
     """Pages in page-locked host memory."""
 
-    def __init__(self, link: Link, workers: ThreadPoolExecutor, pages: list[np.ndarray]):
+    def __init__(self, link: Link, pages: list[np.ndarray]):
         """Keeps pages whose memory came from the link."""
-        self._link, self._workers, self._pages = link, workers, pages
+        self._link, self._pages = link, pages
 
     def upload(self) -> Pages:
         """Copies to the device."""
         return tuple(self._link.up(page) for page in self._pages)
 
-    def commit(self, pages: Pages) -> Future[None]:
+    def commit(self, pages: Pages) -> Copy:
         """Copies back to the same memory."""
+        copies = [self._link.down(array, page) for array, page in zip(pages, self._pages, strict=True)]
 
-        def work(pages: Pages) -> None:
-            for array, page in zip(pages, self._pages, strict=True):
-                self._link.down(array, page)
+        def finish() -> None:
+            for copy in copies:
+                copy.result()
 
-        return self._workers.submit(work, pages)
+        return Copy(finish)
 
     def read(self) -> list[np.ndarray]:
         """Views of the memory."""
@@ -226,7 +252,7 @@ class OnDisk:
 
         def work(memory: np.ndarray) -> None:
             for array, page in zip(pages, self._layout.views(memory), strict=True):
-                self._link.down(array, page)
+                self._link.down(array, page).result()
             self._write(memory)
 
         return self._workers.submit(self._with_memory, work)

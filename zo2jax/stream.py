@@ -2,9 +2,10 @@
 
 One loop serves training, evaluation, generation and flush. Before a block is computed, the upload of the next one is
 begun (memory that is allocated after a computation was issued waits for it); what a visit changed is written back while
-later blocks are computed; and an upload waits until the block ``prefetch + 2`` before it has left the device, so that
-there are never more at a time. A training visit applies the last step's update to a block, makes the probes of the
-new weights from the same read, matrix by matrix, and takes all members of the population one block further.
+later blocks are computed; and an upload waits until earlier blocks have left the device, so that there are never more
+than ``prefetch + 2`` of them there, nor more bytes than `zo2jax.plan.room` says. Nothing else waits within a step. A
+training visit applies the last step's update to a block, makes the probes of the new weights from the same read, matrix
+by matrix, and takes all members of the population one block further.
 """
 
 import queue
@@ -23,9 +24,9 @@ from zo2jax.directions import Direction, leaf_ids
 from zo2jax.models.blocks import Block, Kind, Params, Visit, block_of, kinds, owned_shapes, set_leaf
 from zo2jax.models.layers import Batch, Cache
 from zo2jax.pages import Layout, Place, flat
-from zo2jax.plan import Plan
+from zo2jax.plan import Plan, room
 from zo2jax.probes import Matrices, Probe
-from zo2jax.stores import Link, OnDevice, OnDisk, OnHost, Pages, Store, check_host_memory, result
+from zo2jax.stores import Copy, Link, OnDevice, OnDisk, OnHost, Pages, Store, check_host_memory, result
 from zo2jax.updates import Rounding, Update, move
 
 
@@ -174,27 +175,24 @@ class Stream(Mapping[str, Params]):
         self._names = {f"{block}.{name}": i for block, leaves in named.items() for name, i in flat(leaves).items()}
         self._layouts = {name: Layout.of(leaves) for name, leaves in shapes.items()}
         owners = {block_of(owner, shapes) for block in self.blocks for owner in block.aliases.values()}
-        self.tiers = {b.name: "device" if b.name in owners else plan.tiers.get(b.name, "device") for b in self.blocks}
+        stay = {name for name, layout in self._layouts.items() if not layout.nbytes} | owners
+        self.tiers = {b.name: "device" if b.name in stay else plan.tiers.get(b.name, "device") for b in self.blocks}
+        self._sizes = [0 if t == "device" else self._layouts[name].nbytes for name, t in self.tiers.items()]
+        self._room = room([size for size in self._sizes if size], plan.prefetch)
         check_host_memory([self._layouts[name].nbytes for name, tier in self.tiers.items() if tier == "host"])
         self._link = Link(pinned=plan.pinned)
-        self._workers = ThreadPoolExecutor(4, "zo2jax-stream")
+        self._workers = ThreadPoolExecutor(4, "zo2jax-stream")  # for files
         self._directory = directory
         self._staging: queue.Queue[np.ndarray] = queue.Queue()
         on_disk = [self._layouts[name].nbytes for name, tier in self.tiers.items() if tier == "disk"]
         for _ in range(4 if on_disk else 0):
             self._staging.put(self._link.memory(max(on_disk)))
-        self._stores: list[Store] = []
-        self._rest: list[dict[str, Any]] = []
-        for block in self.blocks:
-            leaves = source[block.name]
-            named_leaves = flat(leaves)
-            layout = self._layouts[block.name]
-            self._rest.append({name: jnp.array(named_leaves[name]) for name in layout.rest})
-            self._stores.append(self._store(block.name, layout, leaves))
+        self._stores, self._rest = self._read(source)
         self._stages = _stages(self.blocks, tuple(self._layouts.items()))
         self._ids = [self._leaf_ids(block) for block in self.blocks]
+        self.bytes_up = self.bytes_down = 0  # over the link, so far
         self._coming: dict[int, Any] = {}
-        self._leaving: dict[int, Future[None]] = {}
+        self._leaving: dict[int, Copy | Future[None]] = {}
         self._last: dict[int, Any] = {}
 
     def __getitem__(self, name: str) -> Params:
@@ -287,8 +285,9 @@ class Stream(Mapping[str, Params]):
     def _leaf_ids(self, block: Block) -> Any:
         layout = self._layouts[block.name]
         parts = [name for name, _ in layout.matrices], sorted(layout.rest)
-        own = [np.array([self._names[f"{block.name}.{name}"] for name in part], np.uint32) for part in parts]
-        return (*own, np.array([self._names[owner] for owner in block.aliases.values()], np.uint32))
+        own = [[self._names[f"{block.name}.{name}"] for name in part] for part in parts]
+        ids = (*own, [self._names[owner] for owner in block.aliases.values()])
+        return tuple(jnp.array(part, jnp.uint32) for part in ids)  # on the device: an upload would wait for pages
 
     def _tied(self, block: Block) -> Any:
         pages = []
@@ -300,6 +299,25 @@ class Stream(Mapping[str, Params]):
             pages.append(held[place.page])
         return tuple(pages)
 
+    def _read(self, source: Mapping[str, Params]) -> tuple[list[Store], list[dict[str, Any]]]:
+        """The blocks in their tiers: the largest first, while there is room for what reading takes."""
+        found: dict[int, tuple[Store, dict[str, Any]]] = {}
+
+        def read(i: int) -> None:
+            name = self.blocks[i].name
+            leaves, layout = source[name], self._layouts[name]
+            named = flat(leaves)
+            found[i] = self._store(name, layout, leaves), {name: jnp.array(named[name]) for name in layout.rest}
+
+        order = sorted(range(len(self.blocks)), key=lambda i: -self._layouts[self.blocks[i].name].nbytes)
+        if getattr(source, "concurrent", False):
+            list(self._workers.map(read, order))
+        else:
+            for i in order:
+                read(i)
+        stores, rest = zip(*(found[i] for i in range(len(order))), strict=True)
+        return list(stores), list(rest)
+
     def _store(self, name: str, layout: Layout, leaves: Params) -> Store:
         tier = self.tiers[name]
         if tier == "disk":
@@ -309,9 +327,8 @@ class Stream(Mapping[str, Params]):
             store.fill(partial(layout.pack, leaves))
             return store
         if tier == "host":
-            pages = layout.views(self._link.memory(layout.nbytes))
-            layout.pack(leaves, pages)
-            return OnHost(self._link, self._workers, pages)
+            held = self._link.memory(layout.nbytes, lambda m: layout.pack(leaves, layout.views(m)))
+            return OnHost(self._link, layout.views(held))
         staged = layout.views(np.zeros(layout.nbytes, np.uint8))
         layout.pack(leaves, staged)
         return OnDevice(tuple(jnp.array(page) for page in staged))
@@ -327,13 +344,18 @@ class Stream(Mapping[str, Params]):
         return result(self._coming.pop(i)), self._rest[i]
 
     def _begin(self, i: int) -> None:
+        """Begins the upload of a block; waits until there is room for it on the device."""
         if i in self._coming:
             return
         self._left(i)
-        window = self.plan.prefetch + 2
-        streamed = [j for j in self._last if j != i]
-        while len(streamed) + len(self._coming) >= window and streamed:
-            self._left(streamed.pop(0))
+        if self._sizes[i]:
+            there = [j for j in self._coming if self._sizes[j]]
+            while self._last and (
+                len(self._last) + len(there) >= self.plan.prefetch + 2
+                or sum(self._sizes[j] for j in (*self._last, *there, i)) > self._room
+            ):
+                self._left(next(iter(self._last)))
+            self.bytes_up += self._sizes[i]
         self._coming[i] = self._stores[i].upload()
 
     def _put(self, i: int, held: Any, out: Any) -> None:
@@ -342,9 +364,10 @@ class Stream(Mapping[str, Params]):
             pages, self._rest[i] = held
             if (leaving := self._stores[i].commit(pages)) is not None:
                 self._leaving[i] = leaving
+                self.bytes_down += self._sizes[i]
                 if not self.plan.overlap:
                     leaving.result()
-        if self.tiers[self.blocks[i].name] != "device":
+        if self._sizes[i]:
             self._last[i] = out if held is None else None  # else the write-back waits for the visit
 
     def _left(self, i: int) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -20,10 +21,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from zo2jax.checkpoint import Snapshots
 from zo2jax.config import Config, ConfigError, load_config
 from zo2jax.metrics import read_metrics, write_atomically
-from zo2jax.models.blocks import forward, owned_shapes
+from zo2jax.models.blocks import Params, Source, forward, owned_shapes
 from zo2jax.models.hub import load
 from zo2jax.models.model import Model
+from zo2jax.objectives import Generated
+from zo2jax.plan import Plan
 from zo2jax.run import Run, StepInfo, mean_loss
+from zo2jax.stream import Stream
+from zo2jax.tasks.encoding import TaskBatches, TaskHeldOut
 from zo2jax.tasks.prepare import Prepared, prepare
 from zo2jax.tasks.scoring import Evaluation
 
@@ -58,11 +63,14 @@ def train(config: Config, console: Console | None = None) -> Result:
     console = console or Console()
     model = load(config.model, dtype=config.dtype or None)
     data = prepare(config, model)
+    plan = _plan(config, model, data)
     console.print(
         f"{config.model}: {model.parameter_count:,} parameters, {model.dtype}, on {jax.devices()[0].device_kind}; "
         f"{data.summary}"
     )
-    run = _open_run(config, model, data)
+    if plan.tiers:
+        console.print(plan.summary, highlight=False)
+    run = _open_run(config, model, data, plan)
     del model  # the run holds its own copy
     with run, _interruptible() as interrupted:
         if run.steps_done == 0:
@@ -102,7 +110,28 @@ def _held_out_losses(directory: str) -> list[float]:
     return [math.nan if loss is None else loss for loss in found]
 
 
-def _open_run(config: Config, model: Model, data: Prepared) -> Run:
+def _plan(config: Config, model: Model, data: Prepared) -> Plan:
+    """Where the blocks live, by the largest batch; without a wish, on the device."""
+    if config.tier == "device" and not config.device_memory:
+        return Plan()
+    batches = [_largest(batches) for batches in (data.batches, data.held_out)]
+    batch = max(batches, key=lambda batch: batch["ids"].size)
+    if isinstance(data.loss, Generated):  # reads the prompts, and needs what the head says of their last tokens
+        ids, lengths = batch["ids"], batch["lengths"]
+        return config.make_plan(model, {"ids": ids, "lengths": lengths, "positions": lengths[:, None]})
+    return config.make_plan(model if data.loss is None else model.with_loss(data.loss), batch)
+
+
+def _largest(batches: Any) -> Any:
+    """A batch as large as any of these: the first one, or of a task one with the longest example."""
+    if not isinstance(batches, TaskBatches | TaskHeldOut):
+        return next(iter(batches))
+    items = batches.encoded.items
+    longest = max(items, key=lambda item: max(len(one.ids) for one in item.inputs))
+    return batches.encoded.batch([longest], batches.batch)
+
+
+def _open_run(config: Config, model: Model, data: Prepared, plan: Plan) -> Run:
     """The run that a config describes."""
     return Run(
         model,
@@ -110,6 +139,7 @@ def _open_run(config: Config, model: Model, data: Prepared) -> Run:
         config.make_optimizer(),
         directory=config.directory,
         key=jax.random.key(config.seed),
+        plan=plan,
         rounding=config.make_rounding(),
         loss=data.loss,
         config=config.as_json(),
@@ -122,7 +152,8 @@ def _open_run(config: Config, model: Model, data: Prepared) -> Run:
 def _evaluate_best(config: Config, data: Prepared, console: Console) -> dict[str, float]:
     """The task's metric by the best checkpoint; kept in evaluation.json, beside the predictions."""
     step, model = trained_model(config.directory, best=True)
-    evaluation = _evaluated(data, model, console)
+    with _placed(config, model, data) as placed:
+        evaluation = _evaluated(data, placed, console)
     console.print(f"step {step:6d}  {evaluation}", highlight=False)
     text = json.dumps({"step": step, **asdict(evaluation)}, indent=1, default=list)
     write_atomically(Path(config.directory).expanduser() / "evaluation.json", text + "\n")
@@ -137,8 +168,32 @@ def _evaluated(data: Prepared, model: Model, console: Console) -> Evaluation:
         return data.evaluate(model, progress=lambda done, total: progress.update(bar, completed=done, total=total))
 
 
+@contextlib.contextmanager
+def _placed(config: Config, model: Model, data: Prepared) -> Iterator[Model]:
+    """The model with its blocks where the config's plan puts them; page files are made beside the run, if there is one.
+
+    Their folder is a new one, as the run itself may be training.
+    """
+    plan = _plan(config, model, data)
+    if not plan.tiers:
+        yield model
+        return
+    directory = Path(config.directory).expanduser()
+    with contextlib.ExitStack() as stack:
+        pages = None
+        if config.tier == "disk":
+            beside = directory if directory.is_dir() else None
+            pages = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pages-", dir=beside)))
+        how = config.make_estimator().direction, config.make_rounding()
+        stream = Stream(model.blocks, model.source, *how, plan, pages)
+        stack.callback(stream.close)
+        yield model.replace(stream)
+
+
 def trained_model(directory: str | Path, *, best: bool = False) -> tuple[int, Model]:
-    """(step, model with the weights) of a run's last checkpoint, or of the one with the best held-out loss.
+    """(step, model) of a run's last checkpoint, or of the one with the best held-out loss.
+
+    The weights are read when they are asked for, block by block, as those of `zo2jax.load` are.
 
     Raises:
         FileNotFoundError: if the directory holds no run, or no such checkpoint.
@@ -153,8 +208,18 @@ def trained_model(directory: str | Path, *, best: bool = False) -> tuple[int, Mo
         step = snapshots.best if best else snapshots.last
         if step is None:
             raise FileNotFoundError(f"{directory} has no checkpoint{' with a held-out loss' if best else ''} yet")
-        shapes = owned_shapes(model.blocks)
-        return step, model.replace({n: jax.device_put(snapshots.block(step, n, s)) for n, s in shapes.items()})
+    finally:
+        snapshots.close()
+    shapes = owned_shapes(model.blocks)
+    readers = {name: partial(_read, folder, step, name, like) for name, like in shapes.items()}
+    return step, model.replace(Source(readers))
+
+
+def _read(folder: Path, step: int, name: str, like: Params) -> Params:
+    """A block of a checkpoint, whose files are open no longer than that takes."""
+    snapshots = Snapshots(folder / "checkpoints")
+    try:
+        return snapshots.block(step, name, like)
     finally:
         snapshots.close()
 
@@ -175,10 +240,11 @@ def evaluate(target: str, overrides: Sequence[str] = (), *, best: bool = False) 
     else:
         step, model = 0, load(config.model, dtype=config.dtype or None)
     data = prepare(config, model)
-    if data.evaluate is not None:
-        evaluation = _evaluated(data, model, Console(stderr=True))
-        return step, evaluation.metrics, str(evaluation)
-    loss = mean_loss(partial(forward, model.visits(), model.blocks), data.held_out)
+    with _placed(config, model, data) as placed:
+        if data.evaluate is not None:
+            evaluation = _evaluated(data, placed, Console(stderr=True))
+            return step, evaluation.metrics, str(evaluation)
+        loss = mean_loss(partial(forward, placed.visits(), placed.blocks), data.held_out)
     return step, {"loss": loss}, f"held-out loss {loss:.4f} {data.unit}"
 
 

@@ -96,7 +96,7 @@ def _move_leaves(
 
 
 def _together(leaves: list[Any]) -> list[list[int]]:
-    """Indices of the trained leaves, those that move together in one list: equal in shape and dtype, and small.
+    """Indices of the trained leaves, those that move together in one list: equal in shape, dtype and memory, and small.
 
     Law 1 makes the grouping invisible in the bits. It shortens compilation (one program for all norms of a model,
     say) and fills a device that one small leaf would not; a large leaf would only pay for the copy.
@@ -104,8 +104,19 @@ def _together(leaves: list[Any]) -> list[list[int]]:
     groups: dict[Any, list[int]] = {}
     for i, w in enumerate(leaves):
         if is_trained(w):
-            groups.setdefault((w.shape, w.dtype) if w.size <= _SMALL_LEAF else i, []).append(i)
+            groups.setdefault((w.shape, w.dtype, _on_host(w)) if w.size <= _SMALL_LEAF else i, []).append(i)
     return list(groups.values())
+
+
+def _on_host(x: Any) -> bool:
+    """Whether an array is in host memory (a part of its type, in programs too), where nothing should be computed."""
+    return isinstance(x, jax.Array) and jax.typeof(x).memory_space == jax.memory.Space.Host
+
+
+def _to_device(x: Any, after: Any = ()) -> Any:
+    """Arrays of host memory in device memory, not before those of ``after`` are there."""
+    x, _ = lax.optimization_barrier((x, after))
+    return jax.device_put(x, jax.memory.Space.Device)
 
 
 def move(
@@ -125,6 +136,9 @@ def move(
     ``members`` is None without them.
     The results are those of `apply_update` and then `perturb` for each row, in every bit.
 
+    Leaves in host memory (memory kind "pinned_host") come to the device for their turn and go back; at most two are
+    under way at a time. Members are in device memory.
+
     >>> from zo2jax.directions import leaf_ids, rademacher
     >>> params = {"w": jnp.zeros((1, 2))}
     >>> _, members = move(params, leaf_ids(params), None, jax.random.split(jax.random.key(0), 1),
@@ -137,16 +151,28 @@ def move(
         return params, None if matrix is None else params
     terms, probes = by_leaf(leaf_ids, update, keys, matrix)
     moved = list(leaves)
-    members = [w if probes is None else jnp.broadcast_to(w, (probes.matrix.shape[1], *jnp.shape(w))) for w in leaves]
+    members = [w if probes is None or is_trained(w) else _repeated(w, probes.matrix.shape[1]) for w in leaves]
+    done: list[Any] = []
     for group in _together(leaves):
-        here = np.array(group)
+        here, hosted = np.array(group), _on_host(leaves[group[0]])
         # The barrier keeps the choice of keys out of the programs, so that equal leaves share one on the GPU.
         ours = lax.optimization_barrier(jax.tree.map(lambda x, here=here: x[here], (terms, probes)))
-        outputs = _move_leaves([jnp.asarray(leaves[i]) for i in group], *ours, direction, rounding)
+        weights = [jnp.asarray(leaves[i]) for i in group]
+        if hosted:  # to wait for the keys keeps the uploads within a loop over probes
+            weights = _to_device(weights, (ours, done[-2:-1]))
+        outputs = _move_leaves(weights, *ours, direction, rounding)
         for i, (w, probed) in zip(group, outputs, strict=True):
             moved[i], members[i] = w, probed
+            if hosted:
+                moved[i] = leaves[i] if update is None else jax.device_put(w, jax.memory.Space.Host)
+        done.append([(members[i] if update is None else moved[i]) for i in group])
     probed = None if probes is None else jax.tree.unflatten(treedef, members)
     return jax.tree.unflatten(treedef, moved), probed
+
+
+def _repeated(w: Any, count: int) -> jax.Array:
+    """A leaf that is not trained, for each member: [count, ...]."""
+    return jnp.broadcast_to(_to_device(w) if _on_host(w) else w, (count, *jnp.shape(w)))
 
 
 def by_leaf(
@@ -191,7 +217,8 @@ def apply_update(
     """Moves the weights: theta <- theta - decay * theta + sum_k coefs[k] * z(keys[k]).
 
     Computed in float32 (small terms are summed first) and rounded once, to each leaf's dtype. ``leaf_ids`` are
-    those of `zo2jax.directions.leaf_ids`. Integer leaves and keys are returned as they are.
+    those of `zo2jax.directions.leaf_ids`. Integer leaves and keys are returned as they are, and leaves in host memory
+    to host memory.
 
     >>> from zo2jax.directions import leaf_ids
     >>> params = {"w": jnp.ones((2, 2))}

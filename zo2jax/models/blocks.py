@@ -6,6 +6,7 @@ from functools import lru_cache, partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from zo2jax.models.layers import Batch, Cache
@@ -18,18 +19,18 @@ class Block:
     """One stage: a name, the shapes of its leaves, tied leaves, and a pure function.
 
     ``aliases`` maps a leaf of this block to the leaf of another block that it shares, both as dotted names:
-    ``{"weight": "embed.weight"}`` on a tied head. The structure (a Flax graph definition) is hashable, so equal
-    blocks share one compiled program. ``caches``: whether the stage looks back at earlier tokens, and can keep their
-    keys and values. ``takes_weights``: whether its modules use their matrices only through `zo2jax.models.layers`, so
-    that a `Weight` may stand for one. ``objective(module, carry, batch)`` stands in for the stage itself, such as a
-    loss of its result.
+    ``{"weight": "embed.weight"}`` on a tied head. ``structure`` is a Flax graph definition, or a function
+    ``(leaves, carry, batch) -> carry``. It is hashable, so equal blocks share one compiled program. ``caches``: whether
+    the stage looks back at earlier tokens, and can keep their keys and values. ``takes_weights``: whether its modules
+    use their matrices only through `zo2jax.models.layers`, so that a `Weight` may stand for one.
+    ``objective(module, carry, batch)`` stands in for the stage itself, such as a loss of its result.
 
     >>> Block.define("norm", lambda rngs: nnx.LayerNorm(4, rngs=rngs)).shapes["scale"].shape
     (4,)
     """
 
     name: str
-    graphdef: Any
+    structure: Any
     shapes: Params = field(hash=False)
     aliases: dict[str, str] = field(default_factory=dict, hash=False)
     caches: bool = False
@@ -41,12 +42,18 @@ class Block:
         cls, name: str, make: Callable[[nnx.Rngs], nnx.Module], aliases: dict[str, str] | None = None, **options: Any
     ) -> "Block":
         """A block from ``make(rngs) -> nnx.Module``; no array is made."""
-        graphdef, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
-        return cls(name, graphdef, nnx.to_pure_dict(state), aliases or {}, **options)
+        structure, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+        return cls(name, structure, nnx.to_pure_dict(state), aliases or {}, **options)
+
+    def module(self, params: Params) -> Callable[..., Any]:
+        """The stage with its parameters, a function of (carry, batch)."""
+        if isinstance(self.structure, nnx.GraphDef):
+            return nnx.merge(self.structure, params)
+        return partial(self.structure, params)
 
     def apply(self, params: Params, carry: Any, batch: Batch) -> Any:
         """The stage's function: (its parameters with tied leaves filled in, carry, batch) -> carry."""
-        module = nnx.merge(self.graphdef, params)
+        module = self.module(params)
         return module(carry, batch) if self.objective is None else self.objective(module, carry, batch)
 
     def extend(self, params: Params, carry: Any, batch: Batch, cache: Cache | None) -> tuple[Any, Cache | None]:
@@ -56,7 +63,42 @@ class Block:
         """
         if cache is None:
             return self.apply(params, carry, batch), None
-        return nnx.merge(self.graphdef, params)(carry, batch, cache)
+        return self.module(params)(carry, batch, cache)
+
+
+@dataclass(frozen=True)
+class LossOfOutputs:
+    """An objective: a user's loss of what the last block gives. Without one, the last block gives the loss itself.
+
+    ``loss(outputs, batch)`` is a pair (sum of losses, how many), a loss per example, or a mean loss; in float32.
+
+    >>> LossOfOutputs(lambda x, batch: (x - batch) ** 2)(lambda carry, batch: 2 * batch, None, jax.numpy.ones(3))
+    (Array(3., dtype=float32), Array(3., dtype=float32))
+    """
+
+    loss: Callable[[Any, Batch], Any] | None
+
+    def __call__(self, module: Callable[..., Any], carry: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """(sum of losses, how many): what a sweep ends with, float32 [] both.
+
+        Raises:
+            TypeError: for any other result.
+        """
+        given = module(carry, batch)
+        given = given if self.loss is None else self.loss(given, batch)
+        total, count = given if isinstance(given, tuple) and len(given) == 2 else (jnp.zeros(1), 0)
+        if self.loss is not None and getattr(given, "ndim", None) in (0, 1):
+            total, count = jnp.sum(given), given.size
+        if getattr(total, "shape", None) != () or total.dtype != jnp.float32 or jnp.shape(count) != ():
+            more = ": give blocks(...) a loss of the outputs" if self.loss is None else " or float32 [examples]"
+            raise TypeError(f"the loss is {_described(given)}, expected (sum float32 [], count []){more}")
+        return total, jnp.asarray(count).astype(jnp.float32)
+
+
+def _described(result: Any) -> str:
+    if isinstance(result, tuple):
+        return f"({', '.join(map(_described, result))})"
+    return f"{result.dtype}{list(result.shape)}" if hasattr(result, "shape") else repr(result)
 
 
 class Source(Mapping[str, Params]):
@@ -64,15 +106,16 @@ class Source(Mapping[str, Params]):
 
     Args:
         readers: by block, a function that gives its leaves: nested dictionaries of NumPy or JAX arrays.
+        concurrent: whether several blocks may be read at once, as from files; those that are made take memory.
 
     >>> source = Source({"norm": lambda: {"scale": jax.numpy.ones(4)}})
     >>> list(source), source["norm"]["scale"].shape
     (['norm'], (4,))
     """
 
-    def __init__(self, readers: Mapping[str, Callable[[], Params]]):
+    def __init__(self, readers: Mapping[str, Callable[[], Params]], *, concurrent: bool = False):
         """Reads nothing."""
-        self._readers = dict(readers)
+        self._readers, self.concurrent = dict(readers), concurrent
 
     def __getitem__(self, block: str) -> Params:
         """Reads one block."""
@@ -216,7 +259,7 @@ def kinds(blocks: Sequence[Block]) -> list[Kind]:
     known: dict[tuple[Any, ...], Kind] = {}
     found = []
     for block in blocks:
-        parts = (block.graphdef, block.shapes, block.aliases, block.objective)
+        parts = (block.structure, block.shapes, block.aliases, block.objective)
         same = (*map(id, parts), block.caches)
         if same not in known:
             known[same] = _kind_of(replace(block, name=""))

@@ -172,7 +172,7 @@ def _source(config: Decoder, matched: Mapping[str, Tensor], dtype: np.dtype) -> 
             set_leaf(params, ours[len(block) + 1 :], leaf())
         return params
 
-    return Source({block: partial(read, block) for block in blocks})
+    return Source({block: partial(read, block) for block in blocks}, concurrent=True)
 
 
 def load(source: str | Path, *, dtype: Any = None, head: HeadKind | None = None) -> Model:
@@ -288,7 +288,10 @@ def export(model: Model, folder: str | Path) -> Path:
     Raises:
         FileExistsError: if ``folder`` exists and is not empty; nothing is overwritten.
         PermissionError: if its parent cannot be written.
+        ValueError: for a model of `zo2jax.blocks`.
     """
+    if model.config is None:
+        raise ValueError("a model of zo2jax.blocks has no Hugging Face layout: take its params, or those of run.model")
     target = Path(folder).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not empty: name a new folder to export to")

@@ -10,7 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from zo2jax.models.blocks import Block, Params, Stream, Visit, forward, owned_shapes, run_blocks, visits
+from zo2jax.models.blocks import (
+    Block,
+    LossOfOutputs,
+    Params,
+    Stream,
+    Visit,
+    forward,
+    owned_shapes,
+    run_blocks,
+    visits,
+)
 from zo2jax.models.generation import Choose, continuations, greedy
 from zo2jax.models.heads import Classification, LanguageModelHead, PerExample, QuestionAnswering
 from zo2jax.models.layers import Batch
@@ -25,7 +35,8 @@ class Model:
     ``source`` maps block names to nested dictionaries of arrays: matrices (n_out, n_in) in the model's dtype,
     one-dimensional leaves in float32; tied matrices stand once. It is one of three: a dictionary, whose arrays are
     there; a `zo2jax.models.blocks.Source`, which reads or makes a block when it is asked for; or the stream of a run,
-    which carries batches through its blocks itself. ``folder`` is where the model was loaded from.
+    which carries batches through its blocks itself. ``folder`` is where the model was loaded from. A model of
+    `zo2jax.blocks` has no configuration and no tokenizer.
 
     >>> from zo2jax.models.llama import LlamaConfig
     >>> config = LlamaConfig(vocabulary=8, size=8, hidden=8, layers=1, heads=2, kv_heads=1, head_size=4, context=16)
@@ -64,11 +75,12 @@ class Model:
         """The same model with another loss: ``loss(what the head gives, batch) -> float32 [examples]``.
 
         What the head gives are logits: [b, t, vocabulary] for language models ([b, p, vocabulary] at ``positions``, if
-        the batch has them), [b, classes], or [b, t, 2].
+        the batch has them), [b, classes], or [b, t, 2]. For a model of `zo2jax.blocks` it is what the last stage gives,
+        and the loss what is described there.
         """
-        return self._with_objective(PerExample(loss))
+        return self._with_objective(LossOfOutputs(loss) if self.config is None else PerExample(loss))
 
-    def _with_objective(self, objective: Callable[..., Any]) -> "Model":
+    def _with_objective(self, objective: Callable[..., Any] | None) -> "Model":
         *blocks, head = self.blocks
         return replace(self, blocks=(*blocks, replace(head, objective=objective)))
 
@@ -83,9 +95,18 @@ class Model:
         return sum(leaf.size for leaf in jax.tree.leaves(owned_shapes(self.blocks)))
 
     def check_tokens(self, length: int) -> None:
-        """Raises ValueError if rows of ``length`` tokens do not fit the model's context."""
+        """Raises ValueError if rows of ``length`` tokens do not fit the model's context, or it is none for tokens."""
+        if self.config is None:
+            raise ValueError(
+                "a model of zo2jax.blocks knows no tokens: expected one of zo2jax.load, or use its outputs"
+            )
         if length > self.config.context:
             raise ValueError(f"{length} tokens do not fit the model's context of {self.config.context}: shorten them")
+
+    def outputs(self, batch: Any) -> Any:
+        """What the last block gives for a batch, as it is without the loss of `with_loss` or of `zo2jax.blocks`."""
+        blocks = self._with_objective(None).blocks
+        return forward(self.visits(blocks), blocks, jax.device_put(batch))
 
     def logits(self, ids: ArrayLike, lengths: ArrayLike | None = None) -> jax.Array:
         """What the head gives, in float32, for int32 ids [batch, time].

@@ -2,6 +2,7 @@
 
 import json
 import math
+import mmap
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def open_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of all weight files of a folder by name; none is read. The files stay mapped while they are used.
+    """The tensors of all weight files of a folder by name; none is read, and each is mapped while it is used.
 
     Raises:
         FileNotFoundError: if there are no weight files, or an index names one that is not there.
@@ -98,14 +99,21 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} ({size} bytes) is truncated or no safetensors file ({error}): download or export it again"
         ) from error
-    mapped = np.asarray(np.memmap(path, mode="r"))
-    begin = 8 + int(mapped[:8].view("<u8")[0])
-    header = json.loads(mapped[8:begin].tobytes())
+    with path.open("rb") as file:
+        begin = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(begin - 8))
     header.pop("__metadata__", None)
 
     def read(entry: dict[str, Any]) -> np.ndarray:
-        start, end = entry["data_offsets"]
-        return mapped[begin + start : begin + end].view(FLOATS[_NAMES[entry["dtype"]]]).reshape(entry["shape"])
+        start, end = (begin + offset for offset in entry["data_offsets"])
+        dtype, shape = FLOATS[_NAMES[entry["dtype"]]], entry["shape"]
+        if start == end:
+            return np.frombuffer(b"", dtype).reshape(shape)
+        first = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), end - first, access=mmap.ACCESS_READ, offset=first)
+        mapped.madvise(mmap.MADV_WILLNEED)
+        return np.frombuffer(mapped, np.uint8, end - start, start - first).view(dtype).reshape(shape)
 
     return {
         name: Tensor(tuple(entry["shape"]), _NAMES.get(entry["dtype"], entry["dtype"]), partial(read, entry))

@@ -1,0 +1,122 @@
+"""The arguments of ``zo2jax bench step | throughput | ablation | trace``."""
+
+import argparse
+import sys
+from dataclasses import fields
+from typing import Any
+
+from rich.console import Console
+
+from zo2jax.bench.ablation import ablation
+from zo2jax.bench.peers import DTYPES, Peer, asked, measure_peer, named
+from zo2jax.bench.process import measured, new_file
+from zo2jax.bench.report import save, throughput_table
+from zo2jax.bench.shapes import DEFAULT, SHAPES, Work
+from zo2jax.bench.step import WHAT, step
+from zo2jax.bench.throughput import MODES, NO_PREALLOCATION, Setting, measure
+from zo2jax.bench.trace import trace
+
+
+def throughput(setting: Setting, peer: Peer | None = None, json: str | None = None) -> dict[str, Any]:
+    """Measures a setting in a process of its own, then the peer; prints a table, and writes all numbers to ``json``.
+
+    Raises:
+        ValueError: for a file that cannot be written, or a model that the peer does not have; before anything is run.
+        RuntimeError: if a measurement fails. If the peer's does, the own one was printed and written.
+
+    >>> throughput(Setting("opt-tiny"), json="no/such/folder/numbers.json")
+    Traceback (most recent call last):
+    ValueError: no/such/folder/numbers.json cannot be written: expected a file in a folder that is there
+    """
+    path, failure = new_file(json), None
+    if peer is not None:
+        asked(setting)
+    found = measured("throughput", measure, setting, env=NO_PREALLOCATION)
+    if peer is not None:
+        try:
+            found["peer"] = measure_peer(peer, setting)
+        except RuntimeError as error:
+            found["peer"], failure = {"error": str(error)}, error
+    Console().print(throughput_table(found))
+    save(found, path)
+    if failure is not None:
+        raise failure
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the sub-commands to the parser of ``zo2jax bench``.
+
+    >>> parser = argparse.ArgumentParser()
+    >>> add_arguments(parser)
+    >>> parser.parse_args(["throughput", "--model", "opt-13b", "--tier", "disk"]).tier
+    'disk'
+    """
+    commands = parser.add_subparsers(dest="bench", required=True)
+    _add_step(commands.add_parser("step", help="a step in its forms, and two forward passes, all on the device"))
+
+    sub = commands.add_parser("throughput", help="a step with the model's blocks in a tier: time, memory, floor")
+    _add_setting(sub)
+    sub.add_argument("--peer", metavar="zo2=FOLDER", help="a checkout of the PyTorch ZO2, which is run as well")
+    sub.add_argument("--peer-python", default=sys.executable, metavar="PYTHON", help="a Python with its requirements")
+    sub.add_argument("--peer-dtype", default="float16", choices=DTYPES, help="of its weights")
+
+    sub = commands.add_parser("ablation", help="the same with one part of the stream more in each row")
+    _add_setting(sub)
+
+    sub = commands.add_parser("trace", help="a picture of what the GPU does at each moment of a step")
+    _add_setting(sub, json=False)
+    sub.add_argument("-o", "--output", required=True, metavar="FILE", help="the picture to make: .png, .svg or .pdf")
+    sub.add_argument("--window", type=float, default=80.0, metavar="MS", help="so much of a step, from its middle")
+
+
+def _add_step(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("shape", choices=sorted(SHAPES), help="the model")
+    sub.add_argument("--layers", type=int, help="cut the model to so many layers")
+    sub.add_argument("--tokens", type=int, default=DEFAULT.tokens, help="tokens in a row")
+    sub.add_argument("--rows", type=int, default=DEFAULT.rows, help="rows in a batch")
+    sub.add_argument("--candidates", type=int, default=0, help="rows are examples of so many candidates (a task)")
+    sub.add_argument("--steps", type=int, default=DEFAULT.steps, help="steps in each of three timed rounds")
+    sub.add_argument("--what", choices=WHAT, nargs="+", default=WHAT[:3], help="what is measured")
+
+
+def _add_setting(sub: argparse.ArgumentParser, json: bool = True) -> None:
+    default = Setting("tiny")
+    sub.add_argument("--model", required=True, choices=sorted(SHAPES), help="the shape; its weights are random")
+    sub.add_argument("--layers", type=int, help="cut the model to so many layers")
+    sub.add_argument("--batch", type=int, default=default.rows, dest="rows", help="rows in a batch")
+    sub.add_argument("--tokens", type=int, default=default.tokens, help="tokens in a row")
+    sub.add_argument("--mode", choices=MODES, default=default.mode, help="how weights are perturbed")
+    sub.add_argument("--tier", choices=("device", "host", "disk"), default=default.tier, help="where blocks live")
+    sub.add_argument("--prefetch", type=int, default=default.prefetch, help="blocks that are uploaded ahead")
+    sub.add_argument("--device-memory", metavar="SIZE", help="keep as many blocks on the device as fit, such as 4GiB")
+    sub.add_argument("--directory", metavar="FOLDER", help="where page files are made (a temporary folder)")
+    if json:
+        sub.add_argument("--steps", type=int, default=default.steps, help="steps that are timed, each by itself")
+        sub.add_argument("--json", metavar="FILE", help="write all numbers here")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Does what parsed arguments say.
+
+    >>> parser = argparse.ArgumentParser()
+    >>> add_arguments(parser)
+    >>> run(parser.parse_args(["throughput", "--model", "opt-tiny", "--tokens", "1"]))
+    Traceback (most recent call last):
+    ValueError: tokens is 1, expected 2 or more
+    """
+    if arguments.bench == "step":
+        work = Work(**{name: getattr(arguments, name) for name in ("tokens", "rows", "candidates", "steps")})
+        step(arguments.shape, layers=arguments.layers, work=work, what=arguments.what)
+        return
+    names = {field.name for field in fields(Setting)}
+    setting = Setting(**{name: value for name, value in vars(arguments).items() if name in names})
+    if arguments.bench == "ablation":
+        ablation(setting, arguments.json)
+    elif arguments.bench == "trace":
+        trace(setting, arguments.output, arguments.window)
+    else:
+        peer = None
+        if arguments.peer is not None:
+            peer = Peer(named(arguments.peer), arguments.peer_python, arguments.peer_dtype)
+        throughput(setting, peer, arguments.json)

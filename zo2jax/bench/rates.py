@@ -1,0 +1,159 @@
+"""What the link and the disk can do: the pages of a step moved as the stream moves them, with nothing computed.
+
+So the rates have the sizes of a step's transfers, and its mix of both ways, and are the floor of a step's time.
+"""
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
+from queue import Queue
+
+import jax
+import numpy as np
+
+from zo2jax.pages import Layout
+from zo2jax.stores import Copy, Link, OnDisk, Pages, result
+
+_TOTAL = 2 * 2**30
+_ROUNDS = 3
+_WORKERS = 4  # as many as a stream has
+_WINDOW = 3  # blocks at a time, as with one that is uploaded ahead
+
+
+def floor_ms(moved: float, rate: float) -> float:
+    """Milliseconds in which ``moved`` bytes pass at ``rate`` bytes a second.
+
+    >>> floor_ms(3 * 2**30, 2**30)
+    3000.0
+    """
+    return moved / rate * 1e3
+
+
+def sample(layouts: Sequence[Layout], total: int = _TOTAL) -> list[Layout]:
+    """The first layouts that make up ``total`` bytes, a window of them at least; those without pages are left out.
+
+    >>> page = Layout((), (("float32", 2048),), ())
+    >>> len(sample([page] * 9, total=4 * page.nbytes)), len(sample([page] * 9, total=1)), len(sample([page], total=1))
+    (4, 3, 1)
+    """
+    full = [layout for layout in layouts if layout.nbytes]
+    before = np.cumsum([0, *(layout.nbytes for layout in full)])
+    return [layout for i, layout in enumerate(full) if i < _WINDOW or before[i] < total]
+
+
+def link_rates(layouts: Sequence[Layout], *, pinned: bool = True) -> dict[str, float]:
+    """Bytes per second between host memory and the device: "up", "down", and "both", which counts those of both ways.
+
+    Args:
+        layouts: of the blocks that are moved, one after the other; one at least.
+        pinned: whether host memory is page-locked.
+
+    >>> sorted(link_rates([Layout((), (("float32", 2048),), ())]))
+    ['both', 'down', 'up']
+    """
+    link = Link(pinned=pinned)
+    pages = [link.memory(layout.nbytes, _randomize) for layout in layouts]
+    moved = sum(page.nbytes for page in pages)
+    arrays = {page.nbytes: link.up(page) for page in pages}
+
+    def up() -> None:
+        arriving: deque[jax.Array] = deque()
+        for page in pages:
+            if len(arriving) == _WINDOW:
+                arriving.popleft().block_until_ready()
+            arriving.append(link.up(page))
+        jax.block_until_ready(list(arriving))
+
+    def down() -> None:
+        _finish([link.down(arrays[page.nbytes], page) for page in pages])
+
+    def both() -> None:
+        leaving: deque[Copy] = deque()
+        for page in pages:
+            if len(leaving) == _WINDOW:
+                leaving.popleft().result()
+            leaving.append(link.down(link.up(page), page))
+        _finish(leaving)
+
+    try:
+        return {"up": moved / _seconds(up), "down": moved / _seconds(down), "both": 2 * moved / _seconds(both)}
+    finally:
+        link.close()
+
+
+def disk_rate(layouts: Sequence[Layout], directory: Path) -> float:
+    """Bytes per second of page files, those read and those written together, in the stream's mix of both.
+
+    The pages pass through the stores of a run, to the device and back, with their checksums.
+
+    Args:
+        layouts: of the blocks that are moved, one at least; each has a file.
+        directory: where the files are made, and removed again.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     disk_rate([Layout((), (("float32", 2048),), ())], Path(folder)) > 0
+    True
+    """
+    link, staging = Link(), Queue[np.ndarray]()
+    for _ in range(_WORKERS):
+        staging.put(link.memory(max(layout.nbytes for layout in layouts)))
+    paths = [directory / f"rate{i}.page" for i in range(len(layouts))]
+    with ExitStack() as stack:
+        stack.callback(link.close)
+        workers = stack.enter_context(ThreadPoolExecutor(_WORKERS))
+        for path in paths:
+            stack.callback(path.unlink, missing_ok=True)
+        stores = [OnDisk(link, workers, staging, *pair) for pair in zip(paths, layouts, strict=True)]
+        for store in stores:
+            store.fill(_randomize_all)
+        return 2 * sum(layout.nbytes for layout in layouts) / _seconds(lambda: _sweep(stores))
+
+
+def _sweep(stores: Sequence[OnDisk]) -> None:
+    """Each is read, the next one ahead of it, and written back."""
+    leaving: deque[Future[None]] = deque()
+
+    def write_back(pages: Pages | Future[Pages], store: OnDisk) -> None:
+        held = result(pages)
+        if len(leaving) == _WINDOW:
+            leaving.popleft().result()
+        leaving.append(store.commit(held))
+
+    coming: Pages | Future[Pages] = stores[0].upload()
+    for store, following in pairwise(stores):
+        ahead = following.upload()
+        write_back(coming, store)
+        coming = ahead
+    write_back(coming, stores[-1])
+    _finish(leaving)
+
+
+def _finish(copies: Iterable[Copy | Future[None]]) -> None:
+    for copy in copies:
+        copy.result()
+
+
+def _randomize(memory: np.ndarray) -> None:
+    """Fills memory with random bytes, which nothing on the way can compress."""
+    memory[:] = np.frombuffer(np.random.default_rng(0).bytes(memory.nbytes), np.uint8)
+
+
+def _randomize_all(pages: list[np.ndarray]) -> None:
+    for page in pages:
+        _randomize(page.view(np.uint8))
+
+
+def _seconds(move: Callable[[], None]) -> float:
+    """The median time of a call, after one that warms up."""
+    times = []
+    for _ in range(_ROUNDS + 1):
+        start = time.perf_counter()
+        move()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])

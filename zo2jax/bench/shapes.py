@@ -1,0 +1,89 @@
+"""Models of real shapes with random weights, and batches of random tokens."""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.specs import MODELS, Spec
+from zo2jax.models.decoder import Decoder
+from zo2jax.models.llama import LlamaConfig
+from zo2jax.models.model import Model
+from zo2jax.models.opt import OptConfig
+from zo2jax.models.qwen3 import Qwen3Config
+
+_CONTEXT = 2048
+
+
+def _config(spec: Spec) -> Decoder:
+    shape: dict[str, Any] = {"vocabulary": spec.vocabulary, "size": spec.hidden, "hidden": spec.ffn}
+    shape |= {"layers": spec.layers, "heads": spec.heads, "context": _CONTEXT}
+    if spec.biases:
+        return OptConfig(**shape, token_size=spec.hidden, tied=False)
+    family = Qwen3Config if spec.qk_norm else LlamaConfig
+    return family(**shape, kv_heads=spec.kv_heads, head_size=spec.head_size)
+
+
+_TINY: dict[str, Any] = {
+    "vocabulary": 256,
+    "hidden": 64,
+    "ffn": 128,
+    "layers": 2,
+    "heads": 2,
+    "kv_heads": 2,
+    "head_size": 32,
+}
+SHAPES: dict[str, Decoder] = {name: _config(spec) for name, spec in MODELS.items()}
+SHAPES["tiny"] = _config(MODELS["llama-7b"]._replace(**_TINY))
+SHAPES["opt-tiny"] = _config(MODELS["opt-1.3b"]._replace(**_TINY))
+"""Shapes by name, those of `pallas_kernels.specs` and two small ones. OPT's head is untied, as in ZO2's benchmark."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step is given.
+
+    >>> sorted(Work(tokens=8, rows=4, candidates=2).batch(100))
+    ['ids', 'labels', 'positions', 'targets', 'weights']
+    """
+
+    tokens: int = 2048
+    rows: int = 1
+    candidates: int = 0
+    """0: each token of each row is a target. Otherwise each row is an example of so many candidates of one token, as in
+    a task of classification, and only they are scored."""
+    steps: int = 10
+    """In each of three timed rounds."""
+
+    def batch(self, vocabulary: int) -> dict[str, jax.Array]:
+        """Random rows, as the batch of a step."""
+        ids = np.random.default_rng(0).integers(0, vocabulary, (self.rows, self.tokens)).astype(np.int32)
+        if not self.candidates:
+            return jax.device_put({"ids": ids, "targets": np.roll(ids, -1, 1)})
+        shape = (self.rows, self.candidates)
+        targets = np.broadcast_to(np.arange(self.candidates, dtype=np.int32), shape)
+        batch = {"ids": ids, "positions": np.full(shape, self.tokens - 1, np.int32), "targets": targets}
+        weights = np.ones((*shape, 1), np.float32)
+        return jax.device_put(batch | {"weights": weights, "labels": np.zeros(self.rows, np.int32)})
+
+
+DEFAULT = Work()
+"""One row of 2048 tokens."""
+
+
+def random_model(shape: str, layers: int | None = None, dtype: Any = jnp.bfloat16) -> Model:
+    """A model of a shape of `SHAPES` with random weights, cut to ``layers`` layers.
+
+    >>> random_model("tiny", 1).parameter_count
+    73920
+    """
+    return _cut(shape, layers).init(jax.random.key(0), dtype)
+
+
+@lru_cache
+def _cut(shape: str, layers: int | None) -> Decoder:
+    """One object for each, by which JAX knows what it has compiled."""
+    return SHAPES[shape] if layers is None else replace(SHAPES[shape], layers=layers)

@@ -1,0 +1,200 @@
+"""``zo2jax bench throughput``: a step of a run with its blocks in a tier, beside the floor of link and disk."""
+
+import importlib
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+
+from pallas_kernels.implementations import choose
+from zo2jax.bench.process import machine, memory
+from zo2jax.bench.rates import disk_rate, floor_ms, link_rates, sample
+from zo2jax.bench.shapes import SHAPES, Work, random_model
+from zo2jax.estimators import two_point
+from zo2jax.models.model import Model
+from zo2jax.optimizers import sgd
+from zo2jax.pages import Layout, layout_of
+from zo2jax.plan import Plan, Tier, plan
+from zo2jax.run import Run
+from zo2jax.stream import Stream
+
+MODES = ("dense",)
+"""How z is drawn: dense, a normal number for each weight."""
+
+WARM_UPS = 3
+"""Steps that are not timed, after the first."""
+
+NO_PREALLOCATION = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+"""The environment in which NVML counts what a run needs, and not what JAX sets aside."""
+
+_ESTIMATOR = two_point(1e-3)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A run to measure: a shape with random weights, its batch, and where its blocks live.
+
+    Raises:
+        ValueError: for an unknown shape, mode or tier, or a number that is too small.
+
+    >>> Setting("opt-13b", tier="disk").tokens
+    2048
+    """
+
+    model: str
+    layers: int | None = None
+    """Cuts the model to so many."""
+    rows: int = 1
+    tokens: int = 2048
+    mode: str = "dense"
+    tier: Tier = "host"
+    prefetch: int = 1
+    device_memory: str | None = None
+    """A budget such as "4GiB", within which blocks stay on the device; if None, all blocks are in the tier."""
+    steps: int = 10
+    """That are timed, each by itself."""
+    directory: str | None = None
+    """Where page files are made; the system's temporary folder if None."""
+    overlap: bool = True
+    pinned: bool = True
+    kernels: bool = True
+    """Whether updates and probes may be made by the fused kernels; else by XLA."""
+
+    def __post_init__(self) -> None:
+        """Checks all that can be checked before anything is measured."""
+        tiers = get_args(Tier)
+        for name, known in (("model", sorted(SHAPES)), ("mode", MODES), ("tier", tiers)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        for name, least in (("layers", 1), ("rows", 1), ("tokens", 2), ("steps", 1), ("prefetch", 0)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} is {value}, expected {least} or more")
+        if self.directory is not None and not Path(self.directory).is_dir():
+            raise ValueError(f"directory is {self.directory}, expected a folder that is there")
+
+    def plan(self, model: Model) -> Plan:
+        """Where the blocks live.
+
+        >>> Setting("opt-tiny", prefetch=2).plan(random_model("opt-tiny", 1)).tiers["head"]
+        'host'
+        """
+        if self.device_memory is None:
+            made = Plan(dict.fromkeys((block.name for block in model.blocks), self.tier), self.prefetch)
+        else:
+            sizes: dict[str, Any] = {"tokens": self.tokens, "rows": self.rows, "prefetch": self.prefetch}
+            made = plan(model, _ESTIMATOR, tier=self.tier, device_memory=self.device_memory, **sizes)
+        return replace(made, overlap=self.overlap, pinned=self.pinned)
+
+
+@contextmanager
+def running(setting: Setting) -> Iterator[tuple[Run, dict[str, jax.Array]]]:
+    """A run of the setting, and its batch.
+
+    >>> with running(Setting("opt-tiny", layers=1, tokens=4)) as (run, batch):
+    ...     batch["ids"].shape
+    (1, 4)
+    """
+    model = random_model(setting.model, setting.layers)
+    model.check_tokens(setting.tokens)
+    batch = Work(tokens=setting.tokens, rows=setting.rows).batch(model.config.vocabulary)
+    with (
+        nullcontext() if setting.kernels else _without_kernels(),
+        tempfile.TemporaryDirectory(dir=setting.directory) as directory,
+        Run(model, _ESTIMATOR, sgd(1e-6), directory=directory, key=jax.random.key(0), plan=setting.plan(model)) as run,
+    ):
+        del model
+        yield run, batch
+
+
+def timed_step(run: Run, batch: Any) -> float:
+    """Seconds of a step, up to its loss in host memory.
+
+    >>> from types import SimpleNamespace
+    >>> timed_step(SimpleNamespace(step=lambda batch: SimpleNamespace(loss=2.5)), {}) > 0
+    True
+    """
+    start = time.perf_counter()
+    float(run.step(batch).loss)
+    return time.perf_counter() - start
+
+
+def measure(setting: Setting, rates: bool = True) -> dict[str, Any]:
+    """Times a step; counts its bytes and peak memory; with ``rates``, measures what link and disk could do at best.
+
+    Times end in _s or _ms, GiB in _gib, GiB per second in _gib_s; what does not apply is None. A floor is the bytes of
+    a step by the rate at which the same pages move both ways without any computation; a ratio is a step's time in it.
+
+    >>> measure(Setting("opt-tiny", tokens=4096))
+    Traceback (most recent call last):
+    ValueError: 4096 tokens do not fit the model's context of 2048: shorten them
+    """
+    start = time.perf_counter()
+    with running(setting) as (run, batch):
+        found: dict[str, Any] = machine() | {"setting": asdict(setting), "load_s": time.perf_counter() - start}
+        layouts, on_disk = _moved(run)
+        found |= {"parameters": run.model.parameter_count, "kernels": "xla"}
+        if setting.kernels:
+            found["kernels"] = choose("perturb", None)
+        found["first_step_s"] = timed_step(run, batch)
+        for _ in range(WARM_UPS):
+            timed_step(run, batch)
+        found["times_ms"] = [timed_step(run, batch) * 1e3 for _ in range(setting.steps)]
+        found |= memory()
+    found["ms"] = statistics.median(found["times_ms"])
+    found |= _moving(found["ms"], layouts)
+    found["tokens_per_s"] = setting.rows * setting.tokens / found["ms"] * 1e3
+    return found | (_floors(setting, found["ms"], layouts, on_disk) if rates else {})
+
+
+def _moved(run: Run) -> tuple[list[Layout], list[Layout]]:
+    """The layouts of the blocks that a step moves, and of those among them that lie on the disk."""
+    stream = run.model.source
+    assert isinstance(stream, Stream)
+    tiers = {block: stream.tiers[block.name] for block in stream.blocks}
+    layouts = {block: layout_of(block) for block, tier in tiers.items() if tier != "device"}
+    return list(layouts.values()), [layout for block, layout in layouts.items() if tiers[block] == "disk"]
+
+
+def _moving(ms: float, layouts: list[Layout]) -> dict[str, float]:
+    """What a step moves each way, and how fast."""
+    moved = sum(layout.nbytes for layout in layouts) / 2**30
+    rate = moved / ms * 1e3
+    return {"up_gib": moved, "down_gib": moved, "up_gib_s": rate, "down_gib_s": rate}
+
+
+def _floors(setting: Setting, ms: float, layouts: list[Layout], on_disk: list[Layout]) -> dict[str, float | None]:
+    """What link and disk can do, and how near a step comes."""
+    names = ("link_up_gib_s", "link_down_gib_s", "link_both_gib_s", "link_floor_ms", "link_ratio")
+    found: dict[str, float | None] = dict.fromkeys((*names, "disk_both_gib_s", "disk_floor_ms", "disk_ratio"))
+    if pages := sample(layouts):
+        rates = link_rates(pages, pinned=setting.pinned)
+        found |= {f"link_{way}_gib_s": rate / 2**30 for way, rate in rates.items()}
+        found |= _against("link", ms, layouts, rates["both"])
+    if pages := sample(on_disk):
+        with tempfile.TemporaryDirectory(dir=setting.directory) as directory:
+            rate = disk_rate(pages, Path(directory))
+        found |= {"disk_both_gib_s": rate / 2**30} | _against("disk", ms, on_disk, rate)
+    return found
+
+
+def _against(name: str, ms: float, layouts: list[Layout], rate: float) -> dict[str, float]:
+    floor = floor_ms(2 * sum(layout.nbytes for layout in layouts), rate)
+    return {f"{name}_floor_ms": floor, f"{name}_ratio": ms / floor}
+
+
+@contextmanager
+def _without_kernels() -> Iterator[None]:
+    """Programs that are compiled meanwhile make their updates and probes by XLA."""
+    module: Any = importlib.import_module("pallas_kernels.perturb")
+    chosen = module.choose
+    module.choose = lambda operation, name, limit=None: chosen(operation, name or "xla", limit)
+    try:
+        yield
+    finally:
+        module.choose = chosen

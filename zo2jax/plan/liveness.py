@@ -1,0 +1,214 @@
+"""How much memory a block takes while it is computed, read off its program (a jaxpr) without running anything.
+
+A value counts if it exists as an array when XLA is done: results of products, reductions, gathers and loops, and what
+products and loops read. Elementwise operations are fused into their readers, which read what they were computed from.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+from zo2jax.models.blocks import Block
+from zo2jax.models.layers import Batch
+
+_VIEWS: tuple[str, ...] = ("broadcast_in_dim", "concatenate", "dynamic_slice", "expand_dims", "iota", "pad")
+_VIEWS += ("optimization_barrier", "reshape", "rev", "slice", "split", "squeeze", "transpose")
+_NEVER_FUSED = ("custom", "cum", "ffi", "io_callback", "pure_callback", "scatter", "sort", "top_k")
+_FUSES_OPERANDS = ("arg", "gather", "reduce")
+_LOOPS = ("cond", "scan", "while")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a block takes for one member of the population, in bytes, beside its parameters.
+
+    >>> Needs(carry=8, activations=24, weight=4).weight
+    4
+    """
+
+    carry: int
+    """Of the block's result."""
+    activations: int
+    """The most that is alive at once, from the carry that comes to the one that goes."""
+    weight: int
+    """The largest matrix that one operation multiplies by: what a probe takes while it is used."""
+    operations: float = 0.0
+    """Floating-point operations of products."""
+
+
+def needs_of(block: Block, carry: Any, batch: Batch) -> tuple[Needs, Any]:
+    """(what a block takes, the shapes of its result) for the shapes of a carry and of a batch.
+
+    >>> from zo2jax.models.llama import LlamaConfig
+    >>> config = LlamaConfig(vocabulary=8, size=8, hidden=8, layers=1, heads=2, kv_heads=1, head_size=4, context=16)
+    >>> batch = {"ids": jax.ShapeDtypeStruct((1, 4), "int32")}
+    >>> needs, x = needs_of(config.blocks()[0], None, batch)
+    >>> x.shape, needs.carry, needs.weight
+    ((1, 4, 8), 128, 0)
+    """
+    jaxpr, result = jax.make_jaxpr(partial(_apply, block), return_shape=True)(block.shapes, carry, batch)
+    parameters = [_Value(weight=len(x.shape) >= 2) for x in jax.tree.leaves(block.shapes)]
+    program = _Program()
+    came = [program.make(_nbytes(x)) for x in jax.tree.leaves(carry)]
+    values = [*parameters, *came, *[_Value(real=True) for _ in jax.tree.leaves(batch)]]
+    program.finish(jaxpr.jaxpr, program.walk(jaxpr.jaxpr, values), came)
+    if block.takes_weights:
+        weight = program.weight
+    else:  # all of its matrices are made before it is computed
+        weight = sum(_nbytes(x) for x in jax.tree.leaves(block.shapes) if len(x.shape) >= 2)
+    carried = sum(map(_nbytes, jax.tree.leaves(result)))
+    return Needs(carried, program.peak(), weight, program.operations), result
+
+
+def _apply(block: Block, leaves: Any, carry: Any, batch: Batch) -> Any:
+    return block.apply(leaves, carry, batch)
+
+
+def _nbytes(x: Any) -> int:
+    return math.prod(x.shape) * x.dtype.itemsize if hasattr(x.dtype, "itemsize") else 0
+
+
+@dataclass(frozen=True)
+class _Value:
+    """What a value is read from: buffers, a parameter, or something that is counted elsewhere."""
+
+    buffers: frozenset[int] = frozenset()
+    real: bool = False
+    """Whether it is an array, not something that is fused into its readers."""
+    weight: bool = False
+
+
+@dataclass
+class _Program:
+    """Operations in order: buffers with the first and the last operation that they are there for."""
+
+    buffers: list[list[int]] = field(default_factory=list)
+    """bytes, first, last."""
+    inner: list[int] = field(default_factory=lambda: [0])
+    """Bytes that an operation needs while it runs."""
+    weight: int = 0
+    operations: float = 0.0
+
+    def make(self, nbytes: int) -> _Value:
+        """A buffer that is made now."""
+        now = len(self.inner) - 1
+        self.buffers.append([nbytes, now, now])
+        return _Value(frozenset([len(self.buffers) - 1]), real=True)
+
+    def use(self, value: _Value) -> None:
+        """Keeps what a value is read from until now."""
+        for i in value.buffers:
+            self.buffers[i][2] = len(self.inner) - 1
+
+    def walk(self, jaxpr: Jaxpr, values: Sequence[_Value]) -> list[_Value]:
+        """Goes through the operations; values of the results."""
+        known = dict(zip(jaxpr.invars, values, strict=True)) | {v: _Value(real=True) for v in jaxpr.constvars}
+
+        def read(atom: Any) -> _Value:
+            return _Value() if isinstance(atom, Literal) else known[atom]
+
+        for eqn in jaxpr.eqns:
+            operands = [read(atom) for atom in eqn.invars]
+            name, programs = eqn.primitive.name, _programs(eqn)
+            if name not in _LOOPS and len(programs) == 1 and _same_signature(eqn, programs[0]):
+                results = self.walk(programs[0], operands)
+            elif not programs and _is_fused(eqn):
+                buffers = frozenset().union(*(value.buffers for value in operands))
+                weight = any(value.weight for value in operands) and not buffers
+                results = [_Value(buffers, weight=weight)] * len(eqn.outvars)
+            else:
+                results = self._run(eqn, known, programs if name in _LOOPS else [])
+            known.update(zip(eqn.outvars, results, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _run(self, eqn: Any, known: dict[Any, _Value], programs: list[Jaxpr]) -> list[_Value]:
+        """An operation whose results are arrays."""
+        self.inner.append(0)
+        fuses = eqn.primitive.name.startswith(_FUSES_OPERANDS)
+        weights = 0
+        for atom in {atom for atom in eqn.invars if not isinstance(atom, Literal)}:
+            value = known[atom]
+            self.use(value)
+            if value.weight:
+                weights += 0 if fuses or programs else _nbytes(atom.aval)
+            elif not (value.real or fuses):
+                known[atom] = self.make(_nbytes(atom.aval))
+        self.weight = max(self.weight, weights)
+        self.operations += _operations(eqn)
+        operands = [_Value(real=True) if isinstance(a, Literal) else known[a] for a in eqn.invars]
+        for program in programs:
+            one = _Program()
+            outer = operands[
+                len(operands) - len(program.invars) :
+            ]  # a cond's index, a while's other constants go first
+            one.finish(program, one.walk(program, [_Value(real=not v.weight, weight=v.weight) for v in outer]), [])
+            self.inner[-1] = max(self.inner[-1], one.peak())
+            self.weight = max(self.weight, one.weight)
+            self.operations += one.operations * eqn.params.get("length", 1)
+        return [self.make(_nbytes(out.aval)) for out in eqn.outvars]
+
+    def finish(self, jaxpr: Jaxpr, results: Sequence[_Value], kept: Sequence[_Value]) -> None:
+        """Makes arrays of the results, beside what is kept to the end."""
+        self.inner.append(0)
+        for atom, value in zip(jaxpr.outvars, results, strict=True):
+            self.use(value)
+            if not (value.real or isinstance(atom, Literal)):
+                self.make(_nbytes(atom.aval))
+        for value in kept:
+            self.use(value)
+
+    def peak(self) -> int:
+        """The most bytes that are there at once."""
+        alive = list(self.inner)
+        for nbytes, first, last in self.buffers:
+            for i in range(first, last + 1):
+                alive[i] += nbytes
+        return max(alive)
+
+
+def _programs(eqn: Any) -> list[Jaxpr]:
+    """The programs within an operation."""
+    found = []
+    for value in eqn.params.values():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(part, ClosedJaxpr | Jaxpr):
+                found.append(part.jaxpr if isinstance(part, ClosedJaxpr) else part)
+    return found
+
+
+def _operations(eqn: Any) -> float:
+    """Multiplications and additions of a product or a convolution; 0 for anything else."""
+    if eqn.primitive.name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        terms = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+    elif eqn.primitive.name == "conv_general_dilated":
+        kernel = eqn.invars[1].aval.shape
+        terms = math.prod(kernel) // kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+    else:
+        return 0.0
+    return 2.0 * terms * math.prod(eqn.outvars[0].aval.shape)
+
+
+def _same_signature(eqn: Any, program: Jaxpr) -> bool:
+    """Whether an operation does no more than to call a program: a kernel's has other arguments."""
+    inside, outside = ([getattr(v.aval, "shape", None) for v in vs] for vs in (program.invars, eqn.invars))
+    return inside == outside and len(program.outvars) == len(eqn.outvars)
+
+
+def _is_fused(eqn: Any) -> bool:
+    """Whether an operation becomes part of those that read its result: elementwise ones, and other views."""
+    name, shape = eqn.primitive.name, getattr(eqn.outvars[0].aval, "shape", ())
+    if name in _VIEWS:
+        return True
+    if name.startswith((*_NEVER_FUSED, *_FUSES_OPERANDS)):
+        return False
+    operands = [getattr(atom.aval, "shape", ()) for atom in eqn.invars]
+    return all(
+        not operand or (len(operand) == len(shape) and all(n in (1, m) for n, m in zip(operand, shape, strict=True)))
+        for operand in operands
+    )
