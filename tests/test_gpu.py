@@ -114,6 +114,31 @@ def test_a_run_moves_the_weights_like_the_plain_step(tmp_path):
     assert np.mean(np.asarray(leaf) != np.asarray(model.params["layers.0.mlp"]["up"]["weight"])) > 0.01
 
 
+@pytest.mark.parametrize(("family", "tier"), [("opt", "host"), ("llama", "disk"), ("qwen3", "mixed")])
+def test_tiers_change_no_bit(family, tier, tmp_path):
+    """With the kernels and the driver's copies, on pages of some megabytes."""
+    model = replace(FAMILIES[family], size=512, hidden=2048, heads=8).init(jax.random.key(0), jnp.bfloat16)
+    names = [block.name for block in model.blocks]
+    tiers = dict.fromkeys(names, tier)
+    if tier == "mixed":
+        tiers = dict(zip(names, ["host", "disk", "device", "host", "disk", "host"], strict=True))
+    ids = RNG.integers(0, 512, (2, 64)).astype(np.int32)
+    batch, found = {"ids": ids, "targets": np.roll(ids, -1, 1)}, []
+    for plan in (zo.Plan(), zo.Plan(tiers), zo.Plan(tiers, prefetch=2)):
+        options = {"directory": tmp_path / str(len(found)), "key": jax.random.key(2), "plan": plan}
+        with zo.Run(model, zo.two_point(1e-3), zo.sgd(1e-3, 0.1), **options) as run:
+            infos = [run.step(batch) for _ in range(20)]
+            losses = [run.evaluate([batch]), *(float(info.loss) for info in infos)]
+            found.append((run.state.params, losses, [info.update for info in infos]))
+    for weights, losses, _ in found[1:]:
+        assert losses == found[0][1]
+        jax.tree.map(np.testing.assert_array_equal, weights, found[0][0])
+    expected, leaf_ids = model.params, jnp.asarray(zo.directions.leaf_ids(model.params))
+    for update in found[0][2]:
+        expected = zo.apply_update(expected, update, leaf_ids)
+    jax.tree.map(np.testing.assert_array_equal, found[0][0], expected)
+
+
 def test_a_visit_needs_the_probes_of_one_leaf():
     """Beside the weights, which are changed in place; activations are small here."""
     model, estimator = wide_model(), zo.two_point(1e-3)

@@ -217,6 +217,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(StoreError, match=r"no page file of .* free some room"):
         patch.setattr(os, "posix_fallocate", full)
         zo.Run(model, *arguments, directory=tmp_path / "none", **options)
+    assert not list((tmp_path / "none").glob("pages/*"))
     with (
         pytest.raises(StoreError, match=r"page cannot be written \(No space left.*last checkpoint"),
         zo.Run(model, *arguments, directory=tmp_path / "later", **options) as run,

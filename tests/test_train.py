@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -61,6 +62,26 @@ def test_train_evaluate_export(arguments, tmp_path, capsys):
     before = {p: p.read_bytes() for p in out.iterdir()}
     assert cli.main(["export", str(run), "-o", str(out)]) == 1
     assert "not empty" in capsys.readouterr().err and before == {p: p.read_bytes() for p in out.iterdir()}
+
+
+@pytest.mark.parametrize("tier", ["device", "disk"])
+def test_a_run_goes_on_without_the_files_of_the_model(tier, arguments, tiny_folder, tmp_path, capsys):
+    """Its checkpoint is all that it needs; and evaluation and export need no more."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    command = [x if not x.startswith("model=") else f"model={folder}" for x in arguments(f"tier={tier}")]
+    assert cli.main([*command, "directory=" + str(tmp_path / "whole")]) == 0
+    assert cli.main([*command, "steps=4"]) == 0
+    (folder / "model.safetensors").unlink()
+    assert cli.main([*command, "directory=" + str(tmp_path / "other")]) == 1
+    assert "has no model.safetensors" in capsys.readouterr().err
+    assert cli.main(command) == 0
+    jax.tree.map(np.testing.assert_array_equal, weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert cli.main(["eval", str(tmp_path / "run"), f"tier={tier}"]) == 0
+    assert cli.main(["export", str(tmp_path / "run"), "-o", str(tmp_path / "out")]) == 0
+    jax.tree.map(np.testing.assert_array_equal, zo.load(tmp_path / "out").params, weights(tmp_path / "run"))
+    with pytest.raises(FileNotFoundError, match="weights=False"):
+        _ = zo.load(folder, weights=False).params
 
 
 def test_ctrl_c_finishes_the_step_and_the_same_command_goes_on(arguments, tmp_path, capsys, monkeypatch):

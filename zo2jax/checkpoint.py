@@ -174,6 +174,20 @@ class Snapshots:
             )
         return self._read(folder, name, like)
 
+    def dtype(self, step: int) -> str:
+        """The dtype of the matrices of a snapshot, from its metadata; "float32" if it has none.
+
+        Raises:
+            ValueError: if there is no such snapshot.
+        """
+        for path in sorted((self._snapshot(step) / "blocks").glob("*/_METADATA")):
+            found = self._arrays.metadata(path.parent).item_metadata.tree
+            leaves = jax.tree.leaves(found, is_leaf=lambda x: hasattr(x, "dtype"))
+            for leaf in leaves:
+                if len(leaf.shape) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating):
+                    return str(leaf.dtype)
+        return "float32"
+
     def close(self) -> None:
         """Closes what Orbax holds open."""
         self._manager.close()

@@ -276,11 +276,14 @@ class Stream(Mapping[str, Params]):
             self.wait()
         finally:
             self._coming.clear()
-            self._workers.shutdown()
-            self._link.close()
-            for name, tier in self.tiers.items():
-                if tier == "disk" and self._directory is not None:
-                    (self._directory / f"{name}.page").unlink(missing_ok=True)
+            self._let_go(self._stores)
+
+    def _let_go(self, stores: Sequence[Store]) -> None:
+        self._workers.shutdown(cancel_futures=True)
+        self._link.close()
+        for store in stores:
+            if isinstance(store, OnDisk):
+                store.close()
 
     def _leaf_ids(self, block: Block) -> Any:
         layout = self._layouts[block.name]
@@ -310,11 +313,15 @@ class Stream(Mapping[str, Params]):
             found[i] = self._store(name, layout, leaves), {name: jnp.array(named[name]) for name in layout.rest}
 
         order = sorted(range(len(self.blocks)), key=lambda i: -self._layouts[self.blocks[i].name].nbytes)
-        if getattr(source, "concurrent", False):
-            list(self._workers.map(read, order))
-        else:
-            for i in order:
-                read(i)
+        try:
+            if getattr(source, "concurrent", False):
+                list(self._workers.map(read, order))
+            else:
+                for i in order:
+                    read(i)
+        except BaseException:
+            self._let_go([store for store, _ in found.values()])
+            raise
         stores, rest = zip(*(found[i] for i in range(len(order))), strict=True)
         return list(stores), list(rest)
 
@@ -324,7 +331,11 @@ class Stream(Mapping[str, Params]):
             assert self._directory is not None
             self._directory.mkdir(parents=True, exist_ok=True)
             store = OnDisk(self._link, self._workers, self._staging, self._directory / f"{name}.page", layout)
-            store.fill(partial(layout.pack, leaves))
+            try:
+                store.fill(partial(layout.pack, leaves))
+            except BaseException:
+                store.close()
+                raise
             return store
         if tier == "host":
             held = self._link.memory(layout.nbytes, lambda m: layout.pack(leaves, layout.views(m)))

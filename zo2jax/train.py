@@ -61,7 +61,7 @@ def train(config: Config, console: Console | None = None) -> Result:
         NonFiniteLoss: see `zo2jax.Run`; the weights before those steps are saved.
     """
     console = console or Console()
-    model = load(config.model, dtype=config.dtype or None)
+    model = _load(config)
     data = prepare(config, model)
     plan = _plan(config, model, data)
     console.print(
@@ -103,6 +103,24 @@ def train(config: Config, console: Console | None = None) -> Result:
     losses = _held_out_losses(config.directory)
     directory = Path(config.directory).expanduser()
     return Result(directory, done, losses[0], losses[-1], done >= config.steps, metrics)
+
+
+def _load(config: Config) -> Model:
+    """The model of a config. Once its run has a checkpoint, the files of the weights need not be there any more."""
+    dtype = config.dtype or None
+    try:
+        return load(config.model, dtype=dtype)
+    except FileNotFoundError:
+        folder = Path(config.directory).expanduser() / "checkpoints"
+        if not folder.is_dir():
+            raise
+        snapshots = Snapshots(folder)
+        try:
+            if (step := snapshots.last) is None:
+                raise
+            return load(config.model, dtype=dtype or snapshots.dtype(step), weights=False)
+        finally:
+            snapshots.close()
 
 
 def _held_out_losses(directory: str) -> list[float]:
@@ -202,7 +220,7 @@ def trained_model(directory: str | Path, *, best: bool = False) -> tuple[int, Mo
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{directory} holds no config.json: expected the directory of a run")
     config = load_config(str(folder))
-    model = load(config.model, dtype=config.dtype or None)
+    model = _load(config)
     snapshots = Snapshots(folder / "checkpoints")
     try:
         step = snapshots.best if best else snapshots.last

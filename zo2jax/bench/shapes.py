@@ -1,7 +1,8 @@
 """Models of real shapes with random weights, and batches of random tokens."""
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from threading import Lock
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.specs import MODELS, Spec
+from zo2jax.models.blocks import Params, Source
 from zo2jax.models.decoder import Decoder
 from zo2jax.models.llama import LlamaConfig
 from zo2jax.models.model import Model
@@ -75,12 +77,24 @@ DEFAULT = Work()
 
 
 def random_model(shape: str, layers: int | None = None, dtype: Any = jnp.bfloat16) -> Model:
-    """A model of a shape of `SHAPES` with random weights, cut to ``layers`` layers.
+    """A model of a shape of `SHAPES` with random weights, cut to ``layers`` layers. All layers have those of the first.
 
     >>> random_model("tiny", 1).parameter_count
     73920
     """
-    return _cut(shape, layers).init(jax.random.key(0), dtype)
+    model = _cut(shape, layers).init(jax.random.key(0), dtype)
+    made, one_at_a_time = dict[str, Params](), Lock()
+
+    def read(name: str) -> Params:
+        if not name.startswith("layers."):
+            return model.source[name]
+        part = name.split(".")[-1]
+        with one_at_a_time:
+            if part not in made:
+                made[part] = jax.tree.map(np.array, model.source[f"layers.0.{part}"])
+        return made[part]
+
+    return model.replace(Source({block.name: partial(read, block.name) for block in model.blocks}, concurrent=True))
 
 
 @lru_cache

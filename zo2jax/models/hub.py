@@ -175,7 +175,7 @@ def _source(config: Decoder, matched: Mapping[str, Tensor], dtype: np.dtype) -> 
     return Source({block: partial(read, block) for block in blocks}, concurrent=True)
 
 
-def load(source: str | Path, *, dtype: Any = None, head: HeadKind | None = None) -> Model:
+def load(source: str | Path, *, dtype: Any = None, head: HeadKind | None = None, weights: bool = True) -> Model:
     """Loads a model from a Hugging Face folder (or hub id): config.json, weights, tokenizer if it is there.
 
     The weights are only looked at: their names, shapes and dtypes. They are read block by block, through a memory map
@@ -189,6 +189,8 @@ def load(source: str | Path, *, dtype: Any = None, head: HeadKind | None = None)
         head: what the model is for, where that is not what config.json says; for example
             ``zo.Classification(("negative", "positive"))``. What the file lacks of such a head is made: its matrix
             from N(0, 0.02^2).
+        weights: False where they come from elsewhere, such as a checkpoint: their files need not be there, and the
+            model cannot be used until it has others (``model.replace``). ``dtype`` None is float32 then.
 
     Raises:
         FileNotFoundError: naming what is not there.
@@ -204,6 +206,12 @@ def load(source: str | Path, *, dtype: Any = None, head: HeadKind | None = None)
     dtype = None if dtype is None else jnp.dtype(dtype)
     if dtype not in (None, jnp.float32, jnp.bfloat16, jnp.float16):
         raise ValueError(f"dtype is {dtype}, expected float32, bfloat16 or float16")
+    tokenizer = read_tokenizer(folder, raw["model_type"])
+    if not weights:
+        blocks = config.blocks(dtype or jnp.float32)
+        return Model(
+            config, blocks, Source({b.name: partial(_without_weights, folder) for b in blocks}), folder, tokenizer
+        )
     try:
         matched = match(config, open_tensors(folder), new_head=head is not None)
     except ValueError as error:
@@ -211,8 +219,11 @@ def load(source: str | Path, *, dtype: Any = None, head: HeadKind | None = None)
     if dtype is None:
         stored = {tensor.dtype for tensor in matched.values() if len(tensor.shape) > 1}
         dtype = jnp.dtype(stored.pop() if len(stored) == 1 else jnp.float32)
-    tokenizer = read_tokenizer(folder, raw["model_type"])
     return Model(config, config.blocks(dtype), _source(config, matched, dtype), folder, tokenizer)
+
+
+def _without_weights(folder: Path) -> Params:
+    raise FileNotFoundError(f"the model of {folder} was loaded with weights=False: give it others by model.replace")
 
 
 def _write_weights(model: Model, folder: Path) -> None:

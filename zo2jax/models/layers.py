@@ -318,7 +318,7 @@ def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
-_SLAB_LOGITS = 1 << 23
+_SLAB_LOGITS = 1 << 22
 _SLAB_ROWS = (512, 8192)
 
 

@@ -318,7 +318,7 @@ def room(sizes: Sequence[int], prefetch: int) -> int:
     where most blocks are; beside the largest (an embedding, a head) that one has to be gone.
 
     >>> room([50, 4, 8, 4, 8, 4, 8, 50], 1), room([4, 8, 4, 8], 1), room([5, 1], 1)
-    (100, 20, 6)
+    (104, 20, 6)
     """
 
     def sums(count: int) -> list[int]:
