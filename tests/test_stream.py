@@ -40,7 +40,10 @@ PLANS = {
 }
 
 
-def batches(count=6, rows=2):
+STEPS = 20
+
+
+def batches(count=STEPS, rows=2):
     rng = np.random.default_rng(3)
     for _ in range(count):
         ids = rng.integers(0, 67, (rows, 12)).astype(np.int32)
@@ -48,9 +51,9 @@ def batches(count=6, rows=2):
 
 
 def trained(model, directory, plan=None, *, estimator=None, optimizer=None, flush=False, evaluate=True):
-    """(weights, losses, updates) after a few steps with an evaluation in the middle and a step whose g is 0."""
+    """(weights, losses, updates) after 20 steps with an evaluation in the middle and a step whose g is 0."""
     estimator = estimator or zo.two_point(1e-3)
-    optimizer = optimizer or zo.sgd(optax.linear_schedule(1e-2, 1e-3, 6), 0.1)
+    optimizer = optimizer or zo.sgd(optax.linear_schedule(1e-2, 1e-3, STEPS), 0.1)
     losses, updates = [], []
     with zo.Run(model, estimator, optimizer, directory=directory, key=jax.random.key(5), plan=plan) as run:
         for i, batch in enumerate(batches()):
@@ -139,9 +142,12 @@ def test_metrics_say_what_went_over_the_link(tmp_path):
     trained(model, tmp_path, PLANS["host"], evaluate=False)
     size = sum(Layout.of(leaves).nbytes for leaves in model.params.values())
     lines = read_metrics(tmp_path)
-    assert [line["link/bytes_down"] for line in lines] == [size] * 6
+    assert [line["link/bytes_down"] for line in lines] == [size] * STEPS
     # Before the first step nothing is there; after each, the first block of the next is on its way.
-    assert [line["link/bytes_up"] - size for line in lines] == [Layout.of(model.params["embed"]).nbytes, *[0] * 5]
+    assert [line["link/bytes_up"] - size for line in lines] == [
+        Layout.of(model.params["embed"]).nbytes,
+        *[0] * (STEPS - 1),
+    ]
     assert lines[0]["link/share"] is None and all(0 < line["link/share"] < 2 for line in lines[1:])
     trained(model, tmp_path / "resident", evaluate=False)
     assert not any(name.startswith("link/") for line in read_metrics(tmp_path / "resident") for name in line)
@@ -151,10 +157,10 @@ def test_a_run_goes_on_in_another_tier_without_its_page_files(tmp_path):
     model = FAMILIES["opt"](False).init(jax.random.key(1))
     straight = trained(model, tmp_path / "straight", evaluate=False)[0]
     options = {"directory": tmp_path / "parts", "key": jax.random.key(5)}
-    arguments = (zo.two_point(1e-3), zo.sgd(optax.linear_schedule(1e-2, 1e-3, 6), 0.1))
+    arguments = (zo.two_point(1e-3), zo.sgd(optax.linear_schedule(1e-2, 1e-3, STEPS), 0.1))
     steps = list(batches())
     steps[2] |= {"weights": np.zeros((2, 12), np.float32)}
-    for tier, until in (("disk", 3), ("host", 5), ("device", 6)):
+    for tier, until in (("disk", 3), ("host", 11), ("device", STEPS)):
         with zo.Run(model, *arguments, plan=PLANS.get(tier), **options) as run:
             for batch in steps[run.steps_done : until]:
                 run.step(batch)
@@ -241,7 +247,7 @@ quick = optimization(False)  # as in the tests, or losses would differ in a bit
 quick.__enter__()
 run = t.zo.Run(t.FAMILIES["opt"](False).init(t.jax.random.key(1)), t.zo.two_point(1e-3), t.zo.sgd(1e-2),
                directory={directory!r}, key=t.jax.random.key(5), plan=t.PLANS["disk"])
-steps, write = list(t.batches()), os.pwritev
+steps, write = list(t.batches(6)), os.pwritev
 for batch in steps[:2]:
     run.step(batch)
 run.save()
@@ -258,7 +264,7 @@ for batch in steps[2:]:
 
 def test_killed_while_a_page_is_written(tmp_path):
     """Half of a page is new, the rest old; the run goes on from its checkpoint as if nothing had happened."""
-    model, steps = FAMILIES["opt"](False).init(jax.random.key(1)), list(batches())
+    model, steps = FAMILIES["opt"](False).init(jax.random.key(1)), list(batches(6))
     arguments, options = (zo.two_point(1e-3), zo.sgd(1e-2)), {"key": jax.random.key(5), "plan": PLANS["disk"]}
     killed = tmp_path / "killed"
     code = KILLED.format(tests=str(Path(__file__).parent), directory=str(killed))

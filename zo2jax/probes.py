@@ -136,7 +136,11 @@ class Probe:
         columns = place.shape[-1]
 
         def cut(start: jax.Array, count: int) -> Slab:
-            w = lax.dynamic_slice(page, (place.offset + start * columns,), (count * columns,)).reshape(count, columns)
+            if place.size == page.size:  # by rows, whose numbers fit in 32 bits where those of elements may not
+                w = lax.dynamic_slice_in_dim(page.reshape(place.shape), start, count)
+            else:
+                at = place.offset + start * columns
+                w = lax.dynamic_slice(page, (at,), (count * columns,)).reshape(count, columns)
             members = perturb(w, None, probes, pair=pair, shard=Shard((start, 0), place.shape))[1]
             assert members is not None
             return Slab(self._member, members)
