@@ -158,7 +158,12 @@ def _sliced(
     """By way of a copy of the array, where no kernel can work in the page."""
     w = lax.slice(page, (offset,), (offset + math.prod(shape),)).reshape(shape)
     moved, members = perturb(w, terms, probes, **options)
-    return (page if terms is None else lax.dynamic_update_slice(page, moved.reshape(-1), (offset,))), members
+    if terms is None:
+        return page, members
+    # By rows of a tile, since the number of an element may not fit in 32 bits.
+    moved = jnp.pad(moved.reshape(-1), (0, -moved.size % ALIGNMENT)).reshape(-1, ALIGNMENT)
+    rows = lax.dynamic_update_slice(page.reshape(-1, ALIGNMENT), moved, (offset // ALIGNMENT, 0))
+    return rows.reshape(-1), members
 
 
 def _check(w: jax.Array, terms: Terms | None, probes: Probes | None) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 import zo2jax as zo
 from zo2jax import stream
+from zo2jax import visits as visits_of_a_stream
 from zo2jax.models.blocks import visits
 from zo2jax.models.generation import continuations
 from zo2jax.models.gpt2 import Gpt2Config
@@ -146,7 +147,7 @@ def test_a_visit_needs_the_probes_of_one_leaf():
     update = zo.Update(jax.random.split(jax.random.key(0), 1), jnp.zeros(1), jnp.zeros(()))
     tokens, number = jnp.zeros((1, 16), jnp.int32), 2
     pages, rest = run._stores[number].upload(), run._rest[number]
-    compiled = stream._train.lower(
+    compiled = visits_of_a_stream.train.lower(
         run._stages[number],
         pages,
         rest,

@@ -146,6 +146,15 @@ def test_in_a_page_as_on_its_own(implementation, shape, dtype):
     assert_same_bits(only_moved[offset : offset + size], moved[offset : offset + size])
 
 
+def test_offsets_beyond_two_billion_elements_do_not_wrap():
+    """Looked at in the program: such a page has 4 GB."""
+    page = jax.ShapeDtypeStruct(((1 << 31) + 4 * ALIGNMENT,), jnp.bfloat16)
+    after = partial(perturb_in_page, offset=(1 << 31) + ALIGNMENT, shape=(8, 256), implementation="xla")
+    program = jax.make_jaxpr(lambda page, terms: after(page, terms=terms)[0])(page, random_terms(1, 1))
+    (write,) = (eqn for eqn in program.eqns if eqn.primitive.name == "dynamic_update_slice")
+    assert [int(start.val) for start in write.invars[2:]] == [(1 << 31) // ALIGNMENT + 1, 0]
+
+
 @each_implementation
 def test_a_page_within_vmap_stays_one_page(implementation):
     """As in a visit: members are counted by vmap, and the page is moved once for all of them."""

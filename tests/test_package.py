@@ -23,6 +23,7 @@ LAYERS = [
     {"models"},
     {"pages"},
     {"probes", "stores", "plan"},
+    {"visits"},
     {"stream", "objectives", "metrics"},
     {"checkpoint", "run"},
     {"tasks", "config"},

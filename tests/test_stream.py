@@ -1,5 +1,7 @@
 """A run is the same bit for bit wherever its blocks live, and, given its coefficients, the step of `zo2jax.mezo`."""
 
+import contextlib
+import gc
 import itertools
 import os
 import signal
@@ -220,7 +222,10 @@ def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(StoreError, match=r"no page file of .* free some room"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(StoreError, match=r"no page file of .* \(No space left on device\): it needs room"),
+    ):
         patch.setattr(os, "posix_fallocate", full)
         zo.Run(model, *arguments, directory=tmp_path / "none", **options)
     assert not list((tmp_path / "none").glob("pages/*"))
@@ -236,6 +241,86 @@ def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.undo()
     with zo.Run(model, *arguments, directory=tmp_path / "later", **options) as run:
         assert run.steps_done == 1
+
+
+@pytest.mark.parametrize("call", ["preadv", "pwritev", "interrupt"])
+def test_a_sweep_that_broke_off_is_not_saved(call, tmp_path, monkeypatch):
+    """Some blocks have the update, others lack it: nothing can be had of such a model."""
+    model, (first, *others) = FAMILIES["llama"](False).init(jax.random.key(1)), batches(4)
+    options = {"directory": tmp_path, "key": jax.random.key(5), "plan": PLANS["disk"]}
+    with zo.Run(model, zo.two_point(1e-3), zo.sgd(1e-3), **options) as run:
+        run.step(first)
+        run.save()
+        run._stream.wait()
+        calls = []
+
+        def once(*arguments):
+            calls.append(arguments)
+            if len(calls) == 3:
+                raise KeyboardInterrupt if call == "interrupt" else OSError(5, "Input/output error")
+            return real(*arguments)
+
+        if call == "interrupt":
+            real = run._stream._left
+            monkeypatch.setattr(run._stream, "_left", once)
+        else:
+            real = getattr(os, call)
+            monkeypatch.setattr(os, call, once)
+        with pytest.raises((StoreError, KeyboardInterrupt)):
+            for batch in others:
+                run.step(batch)
+                run.flush()
+        monkeypatch.undo()
+        with contextlib.suppress(StoreError):  # of the step that is saved already, saving is nothing
+            run.save()
+        for use in (lambda: run.state, lambda: run.evaluate([first]), lambda: run.step(first)):
+            with pytest.raises(StoreError, match="did not reach all blocks: the run goes on from its last checkpoint"):
+                use()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()] == ["1"]
+    with zo.Run(model, zo.two_point(1e-3), zo.sgd(1e-3), **options) as run:
+        assert run.steps_done == 1
+        run.step(others[0])
+
+
+def test_what_is_no_batch_changes_nothing(tmp_path):
+    model, weights = FAMILIES["llama"](False).init(jax.random.key(1)), []
+    for wrong in ([], [{"ids": "text"}, {"ids": np.ones((2, 3), np.int32)}]):
+        options = {"directory": tmp_path / str(len(wrong)), "key": jax.random.key(5), "plan": PLANS["host"]}
+        with zo.Run(model, zo.two_point(1e-3), zo.sgd(1e-3), **options) as run:
+            for batch in batches(3):
+                run.step(batch)
+                for other in wrong:
+                    with pytest.raises((TypeError, ValueError)):
+                        run.step(other)
+            weights.append(run.state.params)
+    assert_same(*weights)
+
+
+def test_page_files_are_let_go(tmp_path):
+    """By a run that is closed, once and no more; by one that nobody has any more; and after one that was killed."""
+    model = FAMILIES["llama"](False).init(jax.random.key(1))
+    arguments, options = (zo.two_point(1e-3), zo.sgd(1e-3)), {"directory": tmp_path, "key": jax.random.key(5)}
+    run = zo.Run(model, *arguments, plan=PLANS["disk"], **options)
+    assert len(list(tmp_path.glob("pages/*.page"))) == len(NAMES)
+    run.close()
+    files = [(tmp_path / str(i)).open("w") for i in range(20)]
+    run.close()
+    with pytest.raises(StoreError, match="its run is closed"):
+        _ = run.model.params
+    for file in files:
+        file.close()
+    run = zo.Run(model, *arguments, plan=PLANS["disk"], **options)
+    del run
+    gc.collect()
+    assert not list(tmp_path.glob("pages/*"))
+    (tmp_path / "pages" / "embed.page").touch()
+    zo.Run(model, *arguments, plan=PLANS["host"], **options).close()
+    assert not list(tmp_path.glob("pages/*"))
+
+
+def test_a_plan_for_another_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"names 'layers.0.mpl', which the model lacks: did you mean 'layers.0.mlp'"):
+        trained(FAMILIES["llama"](False).init(jax.random.key(1)), tmp_path, Plan({"layers.0.mpl": "host"}))
 
 
 KILLED = """

@@ -92,7 +92,7 @@ class Metrics:
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, TypeError):
                 continue
         write_atomically(self._file, "".join(kept))
 

@@ -136,8 +136,9 @@ class Probe:
         columns = place.shape[-1]
 
         def cut(start: jax.Array, count: int) -> Slab:
-            if place.size == page.size:  # by rows, whose numbers fit in 32 bits where those of elements may not
-                w = lax.dynamic_slice_in_dim(page.reshape(place.shape), start, count)
+            if place.size == page.size or page.size >= 1 << 31:  # numbers of rows fit in 32 bits
+                matrix = lax.slice(page, (place.offset,), (place.offset + place.size,)).reshape(place.shape)
+                w = lax.dynamic_slice_in_dim(matrix, start, count)
             else:
                 at = place.offset + start * columns
                 w = lax.dynamic_slice(page, (at,), (count * columns,)).reshape(count, columns)

@@ -4,6 +4,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from zo2jax.models.model import Model
 from zo2jax.objectives import Generated
 from zo2jax.optimizers import Optimizer, as_optimizer
 from zo2jax.plan import Plan
-from zo2jax.plan.machine import measure_machine
+from zo2jax.plan.machine import measure_link
 from zo2jax.stream import Stream
 from zo2jax.updates import Rounding, Update, stochastic
 
@@ -178,13 +179,6 @@ class Run:
             readers = {name: partial(self._snapshots.block, last, name, like) for name, like in shapes.items()}
             source = Source(readers)
         self._state = state
-        plan = Plan() if plan is None else plan
-        try:
-            self._stream = Stream(trained.blocks, source, estimator.direction, rounding, plan, self.directory / "pages")
-        except ValueError as error:
-            raise self._misfit(last, error) from error
-        if set(self._stream.tiers.values()) != {"device"}:
-            measure_machine()  # while no step waits
         self._matrix = jnp.asarray(estimator.probes)
         self._estimator, self._optimizer = estimator, optimizer
         self._nothing = Update(
@@ -198,6 +192,20 @@ class Run:
         self._rate = float("nan")
         self._eval_loss: dict[int, float] = {}
         self._max_skipped, self._skipped_in_row = max_skipped, 0
+        pages, self._closed = self.directory / "pages", False
+        for left_behind in pages.glob("*.page"):  # by a run that was killed
+            left_behind.unlink()
+        plan = Plan() if plan is None else plan
+        if set(plan.tiers.values()) - {"device"}:
+            measure_link()  # while no step waits
+        try:
+            self._stream = Stream(trained.blocks, source, estimator.direction, rounding, plan, pages)
+        except BaseException as error:
+            self._snapshots.close()
+            self._metrics.close()
+            if last is not None and isinstance(error, ValueError):
+                raise self._misfit(last, error) from error
+            raise
 
     def __enter__(self) -> "Run":
         """The run itself."""
@@ -220,7 +228,10 @@ class Run:
 
     @property
     def model(self) -> Model:
-        """The model with its present weights, every update applied; the run's own, read when asked for."""
+        """The model with its present weights, every update applied; the run's own, read when asked for.
+
+        After further steps ask again: those weights lack the last one's update.
+        """
         self._catch_up()
         return self._model.replace(self._stream)
 
@@ -245,13 +256,13 @@ class Run:
         up, down = self._stream.bytes_up - up, self._stream.bytes_down - down
         how, state = (self._estimator, self._optimizer), self._state
         info, opt_state, step = _conclude(*how, keys, sums, state.opt_state, state.step)
-        self._state, self._update = self._state._replace(opt_state=opt_state, step=step), info.update
+        self._record(self._pending)  # the one before; if that fails, this one was not done
+        self._update, self._state = info.update, state._replace(opt_state=opt_state, step=step)
         self._done += 1
-        previous, loss, gradient = self._pending, info.loss, info.projected_gradient
+        loss, gradient = info.loss, info.projected_gradient
         self._pending = StepInfo(
             self._done, loss, gradient, info.skipped, self._rate, _tokens(batch), up, down, info.update
         )
-        self._record(previous)
         if self._skipped_in_row >= self._max_skipped:
             raise NonFiniteLoss(
                 f"the loss or its coefficients were not finite in {self._skipped_in_row} steps in a row, up to step "
@@ -299,13 +310,14 @@ class Run:
         return export(self.model, folder)
 
     def close(self) -> None:
-        """Writes what is pending and closes the checkpoints."""
-        try:
-            self.flush()
-        finally:
-            self._stream.close()
-            self._snapshots.close()
-            self._metrics.close()
+        """Writes the last step's metrics, and lets go of the model. What was not saved or exported is gone."""
+        if self._closed:
+            return
+        self._closed = True
+        with ExitStack() as stack:  # each is closed, whatever becomes of the others
+            for part in (self._metrics, self._snapshots, self._stream):
+                stack.callback(part.close)
+            self._record(self._pending)
 
     def _losses(self, keys: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
         """(sums of losses, counts) of the members [M]; the weights have every update then."""
@@ -313,8 +325,9 @@ class Run:
             self._catch_up()
             visit = self._stream.probe_visits((keys, self._matrix))
             return self._generated.sums(self._model, visit, batch, len(self._matrix))
+        batch = jax.device_put(batch)  # may refuse what is no batch
         update, self._update = self._update, self._nothing
-        sums = self._stream.train(update, (keys, self._matrix), jax.device_put(batch))
+        sums = self._stream.train(update, (keys, self._matrix), batch)
         if not isinstance(sums, tuple):
             raise ValueError(f"a batch of {sorted(batch)} has no loss: expected 'ids' and 'targets'")
         return sums
@@ -329,12 +342,10 @@ class Run:
         try:
             return self._snapshots.restore(like, step)
         except ValueError as error:
+            self._snapshots.close()
             raise self._misfit(step, error) from error
 
-    def _misfit(self, step: int | None, error: ValueError) -> ValueError:
-        if step is None:
-            return error
-        self._snapshots.close()
+    def _misfit(self, step: int, error: ValueError) -> ValueError:
         return ValueError(
             f"the checkpoint of step {step} in {self.directory} does not fit this model and optimizer ({error}): "
             "use those that it was made with, or another directory"
@@ -355,7 +366,7 @@ class Run:
             "tokens_per_second": _number(self._rate),
         }
         if moved := info.bytes_up + info.bytes_down:
-            share = _number(moved / seconds / measure_machine().both)
+            share = _number(moved / seconds / measure_link().both)
             line |= {"link/bytes_up": info.bytes_up, "link/bytes_down": info.bytes_down, "link/share": share}
         self._metrics.write(line | memory_peaks() | ({"train/skipped": True} if skipped else {}))
         self._skipped_in_row = self._skipped_in_row + 1 if skipped else 0

@@ -9,6 +9,7 @@ import ctypes
 import mmap
 import os
 import queue
+import weakref
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -69,7 +70,7 @@ class Link:
         (device,) = jnp.zeros(1).devices()  # the default one, which has a context now
         self._cuda = ctypes.CDLL("libcuda.so.1") if device.platform == "gpu" else None
         self._pinned = pinned and self._cuda is not None
-        self._registered: list[tuple[int, mmap.mmap]] = []
+        self._registered: dict[int, mmap.mmap] = {}  # by address
         self._thread = local()
         self._context, self._stream = ctypes.c_void_p(), ctypes.c_void_p()
         if self._cuda is not None:
@@ -77,6 +78,8 @@ class Link:
             self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), number)
             self._enter()
             self._call("cuStreamCreate", ctypes.byref(self._stream), ctypes.c_uint(1))  # waits for no other stream
+            held = self._cuda, self._context, self._stream, self._registered
+            weakref.finalize(self, _let_go, *held).atexit = False
 
     def memory(self, nbytes: int, fill: Callable[[np.ndarray], None] = lambda memory: None) -> np.ndarray:
         """Host memory, uint8 [nbytes], aligned to a page of the operating system.
@@ -95,8 +98,10 @@ class Link:
         if self._pinned:
             self._enter()
             address = memory.ctypes.data
-            self._call("cuMemHostRegister_v2", ctypes.c_void_p(address), ctypes.c_size_t(len(buffer)), ctypes.c_uint(1))
-            self._registered.append((address, buffer))
+            hint = ": is there enough memory to lock?"
+            size = ctypes.c_size_t(len(buffer))
+            self._call("cuMemHostRegister_v2", ctypes.c_void_p(address), size, ctypes.c_uint(1), hint=hint)
+            self._registered[address] = buffer
         return memory
 
     def up(self, page: np.ndarray) -> jax.Array:
@@ -129,14 +134,9 @@ class Link:
         return Copy(finish)
 
     def close(self) -> None:
-        """Lets go of all host memory."""
-        if self._cuda is None:
-            return
-        self._enter()
-        self._call("cuStreamSynchronize", self._stream)
-        for address, _ in self._registered:
-            self._call("cuMemHostUnregister", ctypes.c_void_p(address))
-        self._registered.clear()
+        """Lets go of all host memory; nothing may be on its way to the device any more."""
+        if self._cuda is not None:
+            _let_go(self._cuda, self._context, self._stream, self._registered)
 
     def _enter(self) -> None:
         """Gives the calling thread the device's context."""
@@ -144,9 +144,18 @@ class Link:
             self._call("cuCtxSetCurrent", self._context)
             self._thread.entered = True
 
-    def _call(self, name: str, *arguments: Any) -> None:
+    def _call(self, name: str, *arguments: Any, hint: str = "") -> None:
         if status := getattr(self._cuda, name)(*arguments):
-            raise StoreError(f"the CUDA driver's {name} failed with status {status}: is there enough memory to lock?")
+            raise StoreError(f"the CUDA driver's {name} failed with status {status}{hint}")
+
+
+def _let_go(cuda: Any, context: ctypes.c_void_p, stream: ctypes.c_void_p, registered: dict[int, mmap.mmap]) -> None:
+    """Unlocks memory, once what the stream copies to it is there; also for a link that nobody closed."""
+    cuda.cuCtxSetCurrent(context)
+    cuda.cuStreamSynchronize(stream)
+    for address in list(registered):
+        cuda.cuMemHostUnregister(ctypes.c_void_p(address))
+        del registered[address]
 
 
 class Store(Protocol):
@@ -225,9 +234,11 @@ class OnDisk:
             StoreError: if there is no room for it, or it cannot be written.
         """
         self._link, self._workers, self._staging = link, workers, staging
-        self._path, self._layout, self._checksum = path, layout, 0
+        self._path, self._layout = path, layout
+        self._checksum: int | None = None  # of what is in the file, if that is whole
         try:
             self._file = _open_direct(path)
+            self.close = weakref.finalize(self, _remove, self._file, path)
             try:
                 os.posix_fallocate(self._file, 0, max(layout.nbytes, 1))
             except OSError:
@@ -235,7 +246,9 @@ class OnDisk:
                 raise
         except OSError as error:
             raise StoreError(
-                error.errno, f"no page file of {layout.nbytes} bytes at {path} ({error.strerror}): free some room"
+                error.errno,
+                f"no page file of {layout.nbytes} bytes at {path} ({error.strerror}): it needs room, and a folder that "
+                "can be written",
             ) from error
 
     def fill(self, pack: Callable[[list[np.ndarray]], None]) -> None:
@@ -273,11 +286,6 @@ class OnDisk:
         self._read(memory)
         return self._layout.views(memory)
 
-    def close(self) -> None:
-        """Removes the file."""
-        os.close(self._file)
-        self._path.unlink(missing_ok=True)
-
     def _with_memory(self, work: Callable[[np.ndarray], Any]) -> Any:
         memory = self._staging.get()
         try:
@@ -286,6 +294,8 @@ class OnDisk:
             self._staging.put(memory)
 
     def _read(self, memory: np.ndarray) -> None:
+        if not self.close.alive:
+            raise StoreError(f"the page file {self._path} is gone: its run is closed, and lives on in its checkpoint")
         try:
             done = 0
             while done < len(memory) and (count := os.preadv(self._file, [memory[done:].data], done)):
@@ -298,6 +308,7 @@ class OnDisk:
             raise StoreError(f"the page file {self._path} is not what was written to it{_GO_ON}")
 
     def _write(self, memory: np.ndarray) -> None:
+        self._checksum = None
         try:
             done = 0
             while done < len(memory):
@@ -310,6 +321,12 @@ class OnDisk:
 
 
 _GO_ON = ": the run goes on from its last checkpoint, once the disk is well"
+
+
+def _remove(file: int, path: Path) -> None:
+    """Closes and removes a page file; also at the end of the process, or when nobody has its store any more."""
+    os.close(file)
+    path.unlink(missing_ok=True)
 
 
 def _open_direct(path: Path) -> int:
@@ -326,10 +343,16 @@ def available_memory() -> int:
     >>> available_memory() > 0
     True
     """
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next((int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:")), free)
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # a container's limit; ValueError for "max"
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(cached.get("inactive_file", 0)))
+    return free
 
 
 def result(pages: "Pages | Future[Pages]") -> Pages:

@@ -8,11 +8,11 @@ training visit applies the last step's update to a block, makes the probes of th
 by matrix, and takes all members of the population one block further.
 """
 
+import difflib
 import queue
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,116 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zo2jax import visits
 from zo2jax.directions import Direction, leaf_ids
-from zo2jax.models.blocks import Block, Kind, Params, Visit, block_of, kinds, owned_shapes, set_leaf
+from zo2jax.models.blocks import Block, Params, Visit, block_of, owned_shapes
 from zo2jax.models.layers import Batch, Cache
-from zo2jax.pages import Layout, Place, flat
+from zo2jax.pages import Layout, flat
 from zo2jax.plan import Plan, room
-from zo2jax.probes import Matrices, Probe
-from zo2jax.stores import Copy, Link, OnDevice, OnDisk, OnHost, Pages, Store, check_host_memory, result
-from zo2jax.updates import Rounding, Update, move
-
-
-@dataclass(frozen=True, eq=False)
-class Stage:
-    """What a compiled visit knows of a block: its kind, its layout, and where its tied matrices lie."""
-
-    kind: Kind
-    layout: Layout
-    tied: tuple[tuple[str, Place], ...]
-
-    def leaves(self, pages: Any, rest: Any, tied: Any) -> Params:
-        """The leaves as they are, tied ones filled in."""
-        leaves = self.layout.unpack(pages, rest)
-        for (name, place), page in zip(self.tied, tied, strict=True):
-            set_leaf(leaves, name, page[place.offset : place.offset + place.size].reshape(place.shape))
-        return leaves
-
-
-@lru_cache(maxsize=256)
-def _stage(kind: Kind, layout: Layout, tied: tuple[tuple[str, Place], ...]) -> Stage:
-    return Stage(kind, layout, tied)
-
-
-_STATIC = ("stage", "direction", "rounding")
-
-
-def _members(
-    stage: Stage,
-    held: tuple[Any, Any, Any],
-    ids: tuple[Any, Any, Any],
-    update: Update | None,
-    probes: tuple[jax.Array, jax.Array],
-    run: Any,
-    carried: Any,
-    how: dict[str, Any],
-) -> tuple[Any, tuple[Any, Any]]:
-    """``run(block, leaves, carried)`` for every member; what is carried comes and goes as [M, ...]."""
-    pages, rest, tied = held
-    rest, small = move(rest, ids[1], update, *probes, **how)
-    own = Matrices([place for _, place in stage.layout.matrices], pages, ids[0], update, probes, **how)
-    lent = [
-        Matrices([replace(place, page=0)], [page], ids[2][i : i + 1], None, probes, **how)
-        for i, ((_, place), page) in enumerate(zip(stage.tied, tied, strict=True))
-    ]
-    block = stage.kind.block
-
-    def one(member: jax.Array, small: Any, carried: Any) -> Any:
-        leaves: Params = {}
-        for name, leaf in small.items():
-            set_leaf(leaves, name, leaf)
-        weights = [(name, Probe(own, i, member)) for i, (name, _) in enumerate(stage.layout.matrices)]
-        weights += [(name, Probe(m, 0, member)) for (name, _), m in zip(stage.tied, lent, strict=True)]
-        for name, weight in weights:
-            set_leaf(leaves, name, weight if block.takes_weights else weight.array())
-        return run(block, leaves, carried), own.settle_all()
-
-    count = len(probes[1])
-    out, pages = jax.vmap(one, in_axes=(0, 0, 0), out_axes=(0, None), axis_size=count)(
-        jnp.arange(count), small, carried
-    )
-    return out, (pages, rest)
-
-
-@partial(jax.jit, static_argnames=_STATIC, donate_argnames=("pages", "rest"))
-def _train(
-    stage: Stage, pages: Any, rest: Any, tied: Any, ids: Any, update: Update, probes: Any, carry: Any, batch: Batch,
-    direction: Direction, rounding: Rounding,
-) -> Any:  # fmt: skip
-    """One block of a training sweep: ((pages, rest) after the update, the members' carries [M, ...])."""
-    how = {"direction": direction, "rounding": rounding}
-    run = lambda block, leaves, carry: block.apply(leaves, carry, batch)  # noqa: E731
-    carry, held = _members(stage, (pages, rest, tied), ids, update, probes, run, carry, how)
-    return held, carry
-
-
-@partial(jax.jit, static_argnames=_STATIC, donate_argnames=("pages", "rest"))
-def _apply(
-    stage: Stage, pages: Any, rest: Any, ids: Any, update: Update, direction: Direction, rounding: Rounding
-) -> Any:
-    how: dict[str, Any] = {"direction": direction, "rounding": rounding}
-    places = [place for _, place in stage.layout.matrices]
-    rest, _ = move(rest, ids[1], update, **how)
-    return Matrices(places, pages, ids[0], update, (None, None), **how).settle_all(), rest
-
-
-@partial(jax.jit, static_argnames=("stage",), donate_argnames="cache")
-def _plain(stage: Stage, pages: Any, rest: Any, tied: Any, carry: Any, batch: Batch, cache: Cache | None) -> Any:
-    """One block without probes: (carry, cache)."""
-    return stage.kind.block.extend(stage.leaves(pages, rest, tied), carry, batch, cache)
-
-
-@partial(jax.jit, static_argnames=_STATIC, donate_argnames="cache")
-def _extend(
-    stage: Stage, pages: Any, rest: Any, tied: Any, ids: Any, probes: Any, rows: Any, cache: Cache | None,
-    direction: Direction, rounding: Rounding,
-) -> Any:  # fmt: skip
-    """One block of a generating sweep: rows come member by member, [M b, ...], and go so."""
-    how = {"direction": direction, "rounding": rounding}
-    apart = jax.tree.map(lambda x: x.reshape(len(probes[1]), -1, *x.shape[1:]), (*rows, cache))
-    run = lambda block, leaves, row: block.extend(leaves, *row)  # noqa: E731
-    done, _ = _members(stage, (pages, rest, tied), ids, None, probes, run, apart, how)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), done)
+from zo2jax.stores import Copy, Link, OnDevice, OnDisk, OnHost, Pages, Store, StoreError, check_host_memory, result
+from zo2jax.updates import Rounding, Update
 
 
 class Stream(Mapping[str, Params]):
@@ -176,28 +74,41 @@ class Stream(Mapping[str, Params]):
         self._layouts = {name: Layout.of(leaves) for name, leaves in shapes.items()}
         owners = {block_of(owner, shapes) for block in self.blocks for owner in block.aliases.values()}
         stay = {name for name, layout in self._layouts.items() if not layout.nbytes} | owners
+        _check_names(plan, self._number)
         self.tiers = {b.name: "device" if b.name in stay else plan.tiers.get(b.name, "device") for b in self.blocks}
         self._sizes = [0 if t == "device" else self._layouts[name].nbytes for name, t in self.tiers.items()]
         self._room = room([size for size in self._sizes if size], plan.prefetch)
-        check_host_memory([self._layouts[name].nbytes for name, tier in self.tiers.items() if tier == "host"])
-        self._link = Link(pinned=plan.pinned)
-        self._workers = ThreadPoolExecutor(4, "zo2jax-stream")  # for files
+        self._next = _following([size > 0 for size in self._sizes], plan.prefetch)
+        of_tier = {
+            t: [self._layouts[n].nbytes for n, there in self.tiers.items() if there == t] for t in ("host", "disk")
+        }
+        staging = [max(of_tier["disk"], default=0)] * _STAGING if of_tier["disk"] else []
+        check_host_memory([*of_tier["host"], *staging])
         self._directory = directory
+        self._link = Link(pinned=plan.pinned)
+        self._workers = ThreadPoolExecutor(_STAGING, "zo2jax-stream")  # for files
         self._staging: queue.Queue[np.ndarray] = queue.Queue()
-        on_disk = [self._layouts[name].nbytes for name, tier in self.tiers.items() if tier == "disk"]
-        for _ in range(4 if on_disk else 0):
-            self._staging.put(self._link.memory(max(on_disk)))
-        self._stores, self._rest = self._read(source)
-        self._stages = _stages(self.blocks, tuple(self._layouts.items()))
+        self._found: dict[int, tuple[Store, dict[str, Any]]] = {}
+        try:
+            for nbytes in staging:
+                self._staging.put(self._link.memory(nbytes))
+            self._read(source)
+        except BaseException:
+            self._let_go()
+            raise
+        self._stores, self._rest = map(list, zip(*(self._found[i] for i in range(len(self.blocks))), strict=True))
+        self._stages = visits.stages_of(self.blocks, tuple(self._layouts.items()))
         self._ids = [self._leaf_ids(block) for block in self.blocks]
         self.bytes_up = self.bytes_down = 0  # over the link, so far
         self._coming: dict[int, Any] = {}
         self._leaving: dict[int, Copy | Future[None]] = {}
         self._last: dict[int, Any] = {}
+        self._torn = False  # whether some blocks may lack an update that others have
 
     def __getitem__(self, name: str) -> Params:
         """A copy of a block's leaves: JAX arrays of those on the device, else NumPy arrays."""
         i = self._number[name]
+        self._check_whole()
         self._left(i)
         pages, layout = self._stores[i].read(), self._layouts[name]
         leaves = layout.unpack(pages, {name: jnp.array(leaf) for name, leaf in self._rest[i].items()})
@@ -217,36 +128,51 @@ class Stream(Mapping[str, Params]):
         ``probes`` are (keys typed [K], matrix float32 [M, K]) as in `zo2jax.updates.move`. If a visit fails, the update
         is applied to the rest of the blocks all the same.
         """
-        carry = None
+        self._check_whole()
+        self._torn, carry = True, None
         for i, block in enumerate(self.blocks):
             held, tied = self._take(i), self._tied(block)
             try:
-                held, carry = _train(
+                held, carry = visits.train(
                     self._stages[i], *held, tied, self._ids[i], update, probes, carry, batch, **self._how
                 )
-            except BaseException:  # a batch that does not fit the model, or an interrupt: no block may lack the update
+            except Exception:  # a batch that does not fit the model: no block may lack the update
                 if any(page.is_deleted() for page in held[0]):
                     raise
                 self._coming[i] = held[0]
-                self.apply(update, first=i)
+                self._apply(update, first=i)
+                self._torn = False
                 raise
             self._put(i, held, carry)
+            del held  # or the pages would stay until the next ones are there
+        self._torn = False
         return carry
 
-    def apply(self, update: Update, first: int = 0) -> None:
-        """Applies ``update`` to all blocks, or those from ``first`` on."""
+    def apply(self, update: Update) -> None:
+        """Applies ``update`` to all blocks."""
+        self._check_whole()
+        self._torn = True
+        self._apply(update)
+        self._torn = False
+
+    def _apply(self, update: Update, first: int = 0) -> None:
         for i in range(first, len(self.blocks)):
-            pages, rest = self._take(i)
-            self._put(i, _apply(self._stages[i], pages, rest, self._ids[i], update, **self._how), None)
+            self._put(i, visits.apply(self._stages[i], *self._take(i), self._ids[i], update, **self._how), None)
+
+    def _check_whole(self) -> None:
+        """Raises StoreError after a sweep that broke off, or a page that was not kept."""
+        if self._torn:
+            raise StoreError("an update did not reach all blocks: the run goes on from its last checkpoint")
 
     def visits(self, blocks: Sequence[Block] | None = None) -> Visit:
         """Visits of the weights as they are, for evaluation and generation."""
-        stages = self._stages if blocks is None else _stages(tuple(blocks), tuple(self._layouts.items()))
+        self._check_whole()
+        stages = self._stages if blocks is None else visits.stages_of(tuple(blocks), tuple(self._layouts.items()))
 
         def visit(block: Block, carry: Any, batch: Batch, cache: Cache | None) -> tuple[Any, Cache | None]:
             i = self._number[block.name]
             pages, rest = self._take(i)
-            out = _plain(stages[i], pages, rest, self._tied(block), carry, batch, cache)
+            out = visits.plain(stages[i], pages, rest, self._tied(block), carry, batch, cache)
             self._put(i, None, out)
             return out
 
@@ -254,12 +180,15 @@ class Stream(Mapping[str, Params]):
 
     def probe_visits(self, probes: tuple[jax.Array, jax.Array]) -> Visit:
         """Visits of the probes, for generation; rows stand member by member, [M b, ...]."""
+        self._check_whole()
 
         def visit(block: Block, carry: Any, batch: Batch, cache: Cache | None) -> tuple[Any, Cache | None]:
             i = self._number[block.name]
             pages, rest = self._take(i)
             tied = self._tied(block)
-            out = _extend(self._stages[i], pages, rest, tied, self._ids[i], probes, (carry, batch), cache, **self._how)
+            out = visits.extend(
+                self._stages[i], pages, rest, tied, self._ids[i], probes, (carry, batch), cache, **self._how
+            )
             self._put(i, None, out)
             return out
 
@@ -271,17 +200,19 @@ class Stream(Mapping[str, Params]):
             self._left(i)
 
     def close(self) -> None:
-        """Waits, and lets go of host memory and page files."""
+        """Waits, and lets go of host memory and page files. Closing twice does nothing more."""
         try:
-            self.wait()
+            if not self._torn:
+                self.wait()
+            jax.block_until_ready([pages for pages in self._coming.values() if not isinstance(pages, Future)])
         finally:
             self._coming.clear()
-            self._let_go(self._stores)
+            self._let_go()
 
-    def _let_go(self, stores: Sequence[Store]) -> None:
+    def _let_go(self) -> None:
         self._workers.shutdown(cancel_futures=True)
         self._link.close()
-        for store in stores:
+        for store, _ in self._found.values():
             if isinstance(store, OnDisk):
                 store.close()
 
@@ -302,28 +233,22 @@ class Stream(Mapping[str, Params]):
             pages.append(held[place.page])
         return tuple(pages)
 
-    def _read(self, source: Mapping[str, Params]) -> tuple[list[Store], list[dict[str, Any]]]:
-        """The blocks in their tiers: the largest first, while there is room for what reading takes."""
-        found: dict[int, tuple[Store, dict[str, Any]]] = {}
+    def _read(self, source: Mapping[str, Params]) -> None:
+        """Puts the blocks into their tiers: the largest first, while there is room for what reading takes."""
 
         def read(i: int) -> None:
             name = self.blocks[i].name
             leaves, layout = source[name], self._layouts[name]
             named = flat(leaves)
-            found[i] = self._store(name, layout, leaves), {name: jnp.array(named[name]) for name in layout.rest}
+            rest = {name: jnp.array(named[name]) for name in layout.rest}
+            self._found[i] = self._store(name, layout, leaves), rest
 
         order = sorted(range(len(self.blocks)), key=lambda i: -self._layouts[self.blocks[i].name].nbytes)
-        try:
-            if getattr(source, "concurrent", False):
-                list(self._workers.map(read, order))
-            else:
-                for i in order:
-                    read(i)
-        except BaseException:
-            self._let_go([store for store, _ in found.values()])
-            raise
-        stores, rest = zip(*(found[i] for i in range(len(order))), strict=True)
-        return list(stores), list(rest)
+        if getattr(source, "concurrent", False):
+            list(self._workers.map(read, order))
+        else:
+            for i in order:
+                read(i)
 
     def _store(self, name: str, layout: Layout, leaves: Params) -> Store:
         tier = self.tiers[name]
@@ -348,10 +273,10 @@ class Stream(Mapping[str, Params]):
 
     def _take(self, i: int) -> tuple[Pages, dict[str, Any]]:
         """A block on the device; the uploads of the next ones begin first."""
-        if i not in self._coming:
-            self._begin(i)
-        for j in range(i + 1, i + 1 + self.plan.prefetch):
-            self._begin(j % len(self.blocks))
+        for j in set(self._coming) - {i, *self._next[i]}:  # of a sweep that broke off
+            del self._coming[j]
+        for j in (i, *self._next[i]):
+            self._begin(j)
         return result(self._coming.pop(i)), self._rest[i]
 
     def _begin(self, i: int) -> None:
@@ -371,32 +296,46 @@ class Stream(Mapping[str, Params]):
 
     def _put(self, i: int, held: Any, out: Any) -> None:
         """Ends a visit: what changed goes back to its tier."""
-        if held is not None:
-            pages, self._rest[i] = held
-            if (leaving := self._stores[i].commit(pages)) is not None:
-                self._leaving[i] = leaving
-                self.bytes_down += self._sizes[i]
-                if not self.plan.overlap:
-                    leaving.result()
-        if self._sizes[i]:
-            self._last[i] = out if held is None else None  # else the write-back waits for the visit
+        if held is None:
+            if self._sizes[i]:  # the smallest result says when the visit is over
+                self._last[i] = sorted(jax.tree.leaves(out), key=lambda x: x.nbytes)[:1]
+            return
+        pages, self._rest[i] = held
+        if (leaving := self._stores[i].commit(pages)) is not None:
+            self._leaving[i], self._last[i] = leaving, []
+            self.bytes_down += self._sizes[i]
+            if not self.plan.overlap:
+                self._left(i)
 
     def _left(self, i: int) -> None:
         """Waits until a block has left the device."""
-        if (leaving := self._leaving.pop(i, None)) is not None:
-            leaving.result()
-        out = self._last.pop(i, None)
-        jax.block_until_ready([x for x in jax.tree.leaves(out) if not x.is_deleted()])
+        if i in self._leaving:
+            try:
+                self._leaving[i].result()
+            except BaseException:
+                self._torn = True
+                raise
+            del self._leaving[i]
+        jax.block_until_ready([x for x in self._last.pop(i, []) if not x.is_deleted()])
 
 
-@lru_cache(maxsize=64)
-def _stages(blocks: tuple[Block, ...], layouts: tuple[tuple[str, Layout], ...]) -> tuple[Stage, ...]:
-    by_name = dict(layouts)
-    stages = []
-    for block, kind in zip(blocks, kinds(blocks), strict=True):
-        tied = []
-        for name, owner in block.aliases.items():
-            home = block_of(owner, by_name)
-            tied.append((name, dict(by_name[home].matrices)[owner[len(home) + 1 :]]))
-        stages.append(_stage(kind, by_name[block.name], tuple(tied)))
-    return tuple(stages)
+_STAGING = 4
+"""Blocks of the disk tier that are in host memory at a time."""
+
+
+def _following(streamed: Sequence[bool], count: int) -> list[tuple[int, ...]]:
+    """For each block the next ``count`` others that are streamed, in a cycle.
+
+    >>> _following([True, False, True, True], 1)
+    [(2,), (2,), (3,), (0,)]
+    """
+    total = len(streamed)
+    return [tuple([j % total for j in range(i + 1, i + total) if streamed[j % total]][:count]) for i in range(total)]
+
+
+def _check_names(plan: Plan, known: Mapping[str, int]) -> None:
+    """Raises ValueError for a plan that names blocks which are not there."""
+    if unknown := [name for name in plan.tiers if name not in known]:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the blocks are {', '.join(known)}"
+        raise ValueError(f"the plan names {', '.join(map(repr, unknown))}, which the model lacks: {hint}")

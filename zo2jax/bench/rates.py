@@ -13,11 +13,11 @@ from itertools import pairwise
 from pathlib import Path
 from queue import Queue
 
-import jax
 import numpy as np
 
 from zo2jax.pages import Layout
-from zo2jax.stores import Copy, Link, OnDisk, Pages, result
+from zo2jax.plan.machine import randomize
+from zo2jax.stores import Link, OnDisk, Pages, result
 
 _TOTAL = 2 * 2**30
 _ROUNDS = 3
@@ -44,46 +44,6 @@ def sample(layouts: Sequence[Layout], total: int = _TOTAL) -> list[Layout]:
     full = [layout for layout in layouts if layout.nbytes]
     before = np.cumsum([0, *(layout.nbytes for layout in full)])
     return [layout for i, layout in enumerate(full) if i < _WINDOW or before[i] < total]
-
-
-def link_rates(layouts: Sequence[Layout], *, pinned: bool = True) -> dict[str, float]:
-    """Bytes per second between host memory and the device: "up", "down", and "both", which counts those of both ways.
-
-    Args:
-        layouts: of the blocks that are moved, one after the other; one at least.
-        pinned: whether host memory is page-locked.
-
-    >>> sorted(link_rates([Layout((), (("float32", 2048),), ())]))
-    ['both', 'down', 'up']
-    """
-    link = Link(pinned=pinned)
-    pages = [link.memory(layout.nbytes, _randomize) for layout in layouts]
-    moved = sum(page.nbytes for page in pages)
-    arrays = {page.nbytes: link.up(page) for page in pages}
-
-    def up() -> None:
-        arriving: deque[jax.Array] = deque()
-        for page in pages:
-            if len(arriving) == _WINDOW:
-                arriving.popleft().block_until_ready()
-            arriving.append(link.up(page))
-        jax.block_until_ready(list(arriving))
-
-    def down() -> None:
-        _finish([link.down(arrays[page.nbytes], page) for page in pages])
-
-    def both() -> None:
-        leaving: deque[Copy] = deque()
-        for page in pages:
-            if len(leaving) == _WINDOW:
-                leaving.popleft().result()
-            leaving.append(link.down(link.up(page), page))
-        _finish(leaving)
-
-    try:
-        return {"up": moved / _seconds(up), "down": moved / _seconds(down), "both": 2 * moved / _seconds(both)}
-    finally:
-        link.close()
 
 
 def disk_rate(layouts: Sequence[Layout], directory: Path) -> float:
@@ -134,19 +94,14 @@ def _sweep(stores: Sequence[OnDisk]) -> None:
     _finish(leaving)
 
 
-def _finish(copies: Iterable[Copy | Future[None]]) -> None:
+def _finish(copies: Iterable[Future[None]]) -> None:
     for copy in copies:
         copy.result()
 
 
-def _randomize(memory: np.ndarray) -> None:
-    """Fills memory with random bytes, which nothing on the way can compress."""
-    memory[:] = np.frombuffer(np.random.default_rng(0).bytes(memory.nbytes), np.uint8)
-
-
 def _randomize_all(pages: list[np.ndarray]) -> None:
     for page in pages:
-        _randomize(page.view(np.uint8))
+        randomize(page.view(np.uint8))
 
 
 def _seconds(move: Callable[[], None]) -> float:

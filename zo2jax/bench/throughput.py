@@ -14,13 +14,14 @@ import jax
 
 from pallas_kernels.implementations import choose
 from zo2jax.bench.process import machine, memory
-from zo2jax.bench.rates import disk_rate, floor_ms, link_rates, sample
+from zo2jax.bench.rates import disk_rate, floor_ms, sample
 from zo2jax.bench.shapes import SHAPES, Work, random_model
 from zo2jax.estimators import two_point
 from zo2jax.models.model import Model
 from zo2jax.optimizers import sgd
 from zo2jax.pages import Layout, layout_of
 from zo2jax.plan import Plan, Tier, plan
+from zo2jax.plan.machine import link_rates
 from zo2jax.run import Run
 from zo2jax.stream import Stream
 
@@ -174,8 +175,8 @@ def _floors(setting: Setting, ms: float, layouts: list[Layout], on_disk: list[La
     found: dict[str, float | None] = dict.fromkeys((*names, "disk_both_gib_s", "disk_floor_ms", "disk_ratio"))
     if pages := sample(layouts):
         rates = link_rates(pages, pinned=setting.pinned)
-        found |= {f"link_{way}_gib_s": rate / 2**30 for way, rate in rates.items()}
-        found |= _against("link", ms, layouts, rates["both"])
+        found |= {f"link_{way}_gib_s": rate / 2**30 for way, rate in rates._asdict().items()}
+        found |= _against("link", ms, layouts, rates.both)
     if pages := sample(on_disk):
         with tempfile.TemporaryDirectory(dir=setting.directory) as directory:
             rate = disk_rate(pages, Path(directory))
