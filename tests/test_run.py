@@ -17,6 +17,8 @@ from zo2jax.checkpoint import Snapshots
 from zo2jax.metrics import read_metrics
 from zo2jax.tasks.text import HeldOut, TextBatches, load_text
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def setting(tiny_folder, text_file):

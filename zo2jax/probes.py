@@ -58,8 +58,8 @@ class Matrices:
     def members(self, index: int, after: Any = None) -> jax.Array:
         """All members' matrices, [M, *shape]; with ``after``, not made before that array is there."""
         probes = self.probes(index)
-        if after is not None:
-            probes, _ = lax.optimization_barrier((probes, after))
+        if after is not None:  # one element says it: all of them would have to be in memory
+            probes, _ = lax.optimization_barrier((probes, after.reshape(-1)[:1]))
         members = self._moved(index, probes)
         assert members is not None
         return members
