@@ -7,6 +7,7 @@ VENV ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 EXTRAS ?= dev
 REQUIREMENTS ?=
 PYTEST ?= -n 2
+COVERAGE ?= --cov --cov-report=term
 
 comma := ,
 bin := $(VENV)/bin
@@ -19,7 +20,7 @@ demo: $(VENV)/.demo
 	$(bin)/zo2jax demo $(ARGS)
 
 test: lint
-	$(bin)/python -m pytest $(PYTEST) --cov --cov-report=term $(ARGS)
+	$(bin)/python -m pytest $(PYTEST) $(COVERAGE) $(ARGS)
 
 lint: $(installed)
 	$(bin)/ruff check .
