@@ -2,6 +2,7 @@
 #   PYTHON=python3.12          the interpreter
 #   EXTRAS=dev,oracle          what is installed for the tests; oracle adds the tests against transformers on torch
 #   REQUIREMENTS=jax==0.11.2   further requirements, to pin versions
+#   COVERAGE=                  measures no coverage
 PYTHON ?= python3
 VENV ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 EXTRAS ?= dev
