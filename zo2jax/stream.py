@@ -88,7 +88,8 @@ class Stream(Mapping[str, Params]):
         self._link = Link(pinned=plan.pinned)
         self._workers = ThreadPoolExecutor(_STAGING, "zo2jax-stream")  # for files
         self._staging: queue.Queue[np.ndarray] = queue.Queue()
-        self._found: dict[int, tuple[Store, dict[str, Any]]] = {}
+        self._stores: dict[int, Store] = {}
+        self._rest: dict[int, dict[str, Any]] = {}
         try:
             for nbytes in staging:
                 self._staging.put(self._link.memory(nbytes))
@@ -96,9 +97,9 @@ class Stream(Mapping[str, Params]):
         except BaseException:
             self._let_go()
             raise
-        self._stores, self._rest = map(list, zip(*(self._found[i] for i in range(len(self.blocks))), strict=True))
         self._stages = visits.stages_of(self.blocks, tuple(self._layouts.items()))
         self._ids = [self._leaf_ids(block) for block in self.blocks]
+        self._homes = [[self._number[block_of(owner, shapes)] for owner in b.aliases.values()] for b in self.blocks]
         self.bytes_up = self.bytes_down = 0  # over the link, so far
         self._coming: dict[int, Any] = {}
         self._leaving: dict[int, Copy | Future[None]] = {}
@@ -130,8 +131,8 @@ class Stream(Mapping[str, Params]):
         """
         self._check_whole()
         self._torn, carry = True, None
-        for i, block in enumerate(self.blocks):
-            held, tied = self._take(i), self._tied(block)
+        for i in range(len(self.blocks)):
+            held, tied = self._take(i), self._tied(i)
             try:
                 held, carry = visits.train(
                     self._stages[i], *held, tied, self._ids[i], update, probes, carry, batch, **self._how
@@ -172,7 +173,7 @@ class Stream(Mapping[str, Params]):
         def visit(block: Block, carry: Any, batch: Batch, cache: Cache | None) -> tuple[Any, Cache | None]:
             i = self._number[block.name]
             pages, rest = self._take(i)
-            out = visits.plain(stages[i], pages, rest, self._tied(block), carry, batch, cache)
+            out = visits.plain(stages[i], pages, rest, self._tied(i), carry, batch, cache)
             self._put(i, None, out)
             return out
 
@@ -185,7 +186,7 @@ class Stream(Mapping[str, Params]):
         def visit(block: Block, carry: Any, batch: Batch, cache: Cache | None) -> tuple[Any, Cache | None]:
             i = self._number[block.name]
             pages, rest = self._take(i)
-            tied = self._tied(block)
+            tied = self._tied(i)
             out = visits.extend(
                 self._stages[i], pages, rest, tied, self._ids[i], probes, (carry, batch), cache, **self._how
             )
@@ -212,7 +213,7 @@ class Stream(Mapping[str, Params]):
     def _let_go(self) -> None:
         self._workers.shutdown(cancel_futures=True)
         self._link.close()
-        for store, _ in self._found.values():
+        for store in self._stores.values():
             if isinstance(store, OnDisk):
                 store.close()
 
@@ -223,12 +224,11 @@ class Stream(Mapping[str, Params]):
         ids = (*own, [self._names[owner] for owner in block.aliases.values()])
         return tuple(jnp.array(part, jnp.uint32) for part in ids)  # on the device: an upload would wait for pages
 
-    def _tied(self, block: Block) -> Any:
+    def _tied(self, i: int) -> Pages:
+        """The pages of the matrices that a block shares."""
         pages = []
-        for owner in block.aliases.values():
-            name = block_of(owner, self._number)
-            place = dict(self._layouts[name].matrices)[owner[len(name) + 1 :]]
-            held = self._stores[self._number[name]].upload()
+        for home, (_, place) in zip(self._homes[i], self._stages[i].tied, strict=True):
+            held = self._stores[home].upload()
             assert not isinstance(held, Future), "blocks that share a leaf stay on the device"
             pages.append(held[place.page])
         return tuple(pages)
@@ -240,8 +240,8 @@ class Stream(Mapping[str, Params]):
             name = self.blocks[i].name
             leaves, layout = source[name], self._layouts[name]
             named = flat(leaves)
-            rest = {name: jnp.array(named[name]) for name in layout.rest}
-            self._found[i] = self._store(name, layout, leaves), rest
+            self._rest[i] = {name: jnp.array(named[name]) for name in layout.rest}
+            self._stores[i] = self._store(name, layout, leaves)
 
         order = sorted(range(len(self.blocks)), key=lambda i: -self._layouts[self.blocks[i].name].nbytes)
         if getattr(source, "concurrent", False):

@@ -67,10 +67,10 @@ def disk_rate(layouts: Sequence[Layout], directory: Path) -> float:
     with ExitStack() as stack:
         stack.callback(link.close)
         workers = stack.enter_context(ThreadPoolExecutor(_WORKERS))
-        for path in paths:
-            stack.callback(path.unlink, missing_ok=True)
-        stores = [OnDisk(link, workers, staging, *pair) for pair in zip(paths, layouts, strict=True)]
-        for store in stores:
+        stores = []
+        for path, layout in zip(paths, layouts, strict=True):
+            stores.append(store := OnDisk(link, workers, staging, path, layout))
+            stack.callback(store.close)
             store.fill(_randomize_all)
         return 2 * sum(layout.nbytes for layout in layouts) / _seconds(lambda: _sweep(stores))
 
