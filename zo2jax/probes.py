@@ -55,12 +55,9 @@ class Matrices:
         """The probes of a matrix: keys [K, 2], coefficients [M, K]."""
         return jax.tree.map(lambda x: x[index], self._probes)
 
-    def members(self, index: int, after: Any = None) -> jax.Array:
-        """All members' matrices, [M, *shape]; with ``after``, not made before that array is there."""
-        probes = self.probes(index)
-        if after is not None:  # one element says it: all of them would have to be in memory
-            probes, _ = lax.optimization_barrier((probes, after.reshape(-1)[:1]))
-        members = self._moved(index, probes)
+    def members(self, index: int, probes: Probes | None = None) -> jax.Array:
+        """All members' matrices, [M, *shape]; ``probes`` are its `probes`."""
+        members = self._moved(index, self.probes(index) if probes is None else probes)
         assert members is not None
         return members
 
@@ -108,7 +105,10 @@ class Probe:
 
     def product(self, x: jax.Array, dtype: Any) -> jax.Array:
         """X [..., n_in] -> x W^T in ``dtype``."""
-        return member_product(self._member, x, self._matrices.members(self._index, x), dtype)
+        # No matrix is made before x is there. Nor does x become part of the product: where XLA's own kernel for that
+        # loses against cuBLAS, what computes x would be left as a pass of its own.
+        probes, x = lax.optimization_barrier((self._matrices.probes(self._index), x))
+        return member_product(self._member, x, self._matrices.members(self._index, probes), dtype)
 
     def array(self) -> jax.Array:
         """The matrix itself, for modules that know no `Weight`."""

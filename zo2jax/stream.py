@@ -10,6 +10,7 @@ by matrix, and takes all members of the population one block further.
 
 import difflib
 import queue
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -104,6 +105,7 @@ class Stream(Mapping[str, Params]):
         self._coming: dict[int, Any] = {}
         self._leaving: dict[int, Copy | Future[None]] = {}
         self._last: dict[int, Any] = {}
+        self._compiled: set[Any] = set()  # by the shapes of what a training sweep is given
         self._torn = False  # whether some blocks may lack an update that others have
 
     def __getitem__(self, name: str) -> Params:
@@ -126,28 +128,45 @@ class Stream(Mapping[str, Params]):
     def train(self, update: Update, probes: tuple[jax.Array, jax.Array], batch: Batch) -> Any:
         """Applies ``update`` and evaluates the probes of the result: what the last block returns, [M, ...].
 
-        ``probes`` are (keys typed [K], matrix float32 [M, K]) as in `zo2jax.updates.move`. If a visit fails, the update
-        is applied to the rest of the blocks all the same.
+        ``probes`` are (keys typed [K], matrix float32 [M, K]) as in `zo2jax.updates.move`. The update is applied even
+        if the model cannot take the batch.
         """
         self._check_whole()
+        try:
+            self._compile(update, probes, batch)
+        except Exception:  # a batch that does not fit the model, say: no block may lack the update
+            self.apply(update)
+            raise
         self._torn, carry = True, None
         for i in range(len(self.blocks)):
             held, tied = self._take(i), self._tied(i)
-            try:
-                held, carry = visits.train(
-                    self._stages[i], *held, tied, self._ids[i], update, probes, carry, batch, **self._how
-                )
-            except Exception:  # a batch that does not fit the model: no block may lack the update
-                if any(page.is_deleted() for page in held[0]):
-                    raise
-                self._coming[i] = held[0]
-                self._apply(update, first=i)
-                self._torn = False
-                raise
+            held, carry = visits.train(
+                self._stages[i], *held, tied, self._ids[i], update, probes, carry, batch, **self._how
+            )
             self._put(i, held, carry)
             del held  # or the pages would stay until the next ones are there
         self._torn = False
         return carry
+
+    def _compile(self, update: Update, probes: tuple[jax.Array, jax.Array], batch: Batch) -> None:
+        """Compiles the visits of a sweep before it begins: XLA tries kernels out, and that memory is free then."""
+        if (shapes := _shapes((update, probes, batch))) in self._compiled:
+            return
+        known: dict[Any, Any] = {}
+        carry = None
+        for i, stage in enumerate(self._stages):
+            if (came := (stage, _shapes(carry))) not in known:
+                pages = tuple(jax.ShapeDtypeStruct((n,), dtype) for dtype, n in stage.layout.pages)
+                rest = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._rest[i])
+                with warnings.catch_warnings():  # that a head's result cannot lie where its carry was
+                    warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+                    lowered = visits.train.lower(
+                        stage, pages, rest, self._tied(i), self._ids[i], update, probes, carry, batch, **self._how
+                    )
+                    lowered.compile()
+                known[came] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info[1])
+            carry = known[came]
+        self._compiled.add(shapes)
 
     def apply(self, update: Update) -> None:
         """Applies ``update`` to all blocks."""
@@ -321,6 +340,11 @@ class Stream(Mapping[str, Params]):
 
 _STAGING = 4
 """Blocks of the disk tier that are in host memory at a time."""
+
+
+def _shapes(tree: Any) -> Any:
+    """Structure, shapes and dtypes; hashable."""
+    return jax.tree.structure(tree), tuple((x.shape, x.dtype) for x in jax.tree.leaves(tree))
 
 
 def _following(streamed: Sequence[bool], count: int) -> list[tuple[int, ...]]:

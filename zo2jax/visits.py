@@ -76,7 +76,7 @@ def _members(
     return out, (pages, rest)
 
 
-@partial(jax.jit, static_argnames=_STATIC, donate_argnames=("pages", "rest"))
+@partial(jax.jit, static_argnames=_STATIC, donate_argnames=("pages", "rest", "carry"))
 def train(
     stage: Stage, pages: Any, rest: Any, tied: Any, ids: Any, update: Update, probes: Any, carry: Any, batch: Batch,
     direction: Direction, rounding: Rounding,
