@@ -25,6 +25,7 @@ from zo2jax.plan.liveness import needs_of
 from zo2jax.plan.machine import Machine
 
 planning = import_module("zo2jax.plan.planning")
+liveness = import_module("zo2jax.plan.liveness")
 GIB = 2**30
 OPT = {"vocabulary": 67, "size": 32, "hidden": 40, "layers": 2, "heads": 4, "context": 64, "token_size": 32}
 OPT |= {"tied": False}
@@ -287,24 +288,34 @@ def test_a_run_within_a_budget_has_the_same_weights(tier, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, weights(tmp_path / "a", None), weights(tmp_path / "b", made))
 
 
-H200 = [("13b", 40, 5120, "host", 2.00), ("13b", 40, 5120, "device", 25.44)]
+H200 = [  # OPT's layers and size, rows, tier, GiB
+    (40, 5120, 1, "host", 1.658),
+    (40, 5120, 4, "host", 2.674),
+    (40, 5120, 1, "device", 25.455),
+    (24, 2048, 1, "host", 0.670),
+    (32, 4096, 1, "host", 1.417),
+    (48, 7168, 1, "host", 3.197),
+]
 
 
-@pytest.mark.parametrize(("name", "depth", "size", "tier", "measured"), H200, ids=lambda x: str(x))
-def test_peaks_that_were_measured(name, depth, size, tier, measured, monkeypatch):
-    """OPT in bfloat16, 1 x 2048 tokens, prefetch 1, on one H200; traced as there: 16-bit products, fused attention.
+@pytest.mark.parametrize(("depth", "size", "rows", "tier", "measured"), H200, ids=lambda x: str(x))
+def test_peaks_that_were_measured(depth, size, rows, tier, measured, monkeypatch):
+    """OPT in bfloat16, 2048 tokens, prefetch 1, on one H200; traced as there: 16-bit products, fused attention.
 
-    The two constants of the model were fitted to these very figures: this keeps the fit, and is no evidence for others.
+    One constant of the model is fitted to the third figure. The last three were measured while an embedding with a
+    second matrix copied its page, which it does no more.
     """
     for module in (layers, heads):
         monkeypatch.setattr(module, "compute_dtype", jnp.dtype)
+    monkeypatch.setattr(liveness, "in_place", lambda: True)
     fused = lambda q, k, v, lengths, implementation=None: jax.pure_callback(lambda *x: x[0], q, q, k, v)  # noqa: E731
     monkeypatch.setattr(layers, "attention", fused)
-    shape = {"vocabulary": 50272, "size": size, "hidden": 4 * size, "layers": depth, "heads": size // 128}
+    shape = {"vocabulary": 50272, "size": size, "hidden": 4 * size, "layers": depth, "heads": size // 64}
     model = bare(OptConfig(**shape, context=2048, token_size=size, tied=False), jnp.bfloat16)
-    expected = replace(plan(model, tier=tier).budget, libraries=planning._LIBRARIES).peak / GIB
-    assert 0.98 * measured < expected < 1.15 * measured
-    assert math.isclose(plan(model).budget.operations, 4 * 2048 * (model.parameter_count - 52322 * size), rel_tol=0.01)
+    expected = replace(plan(model, tier=tier, rows=rows).budget, libraries=planning._LIBRARIES).peak / GIB
+    assert 0.95 * measured < expected < 1.1 * measured
+    operations = 4 * rows * 2048 * (model.parameter_count - 52322 * size)
+    assert math.isclose(plan(model, rows=rows).budget.operations, operations, rel_tol=0.01)
 
 
 @pytest.mark.gpu

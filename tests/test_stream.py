@@ -364,3 +364,17 @@ def test_killed_while_a_page_is_written(tmp_path):
                 run.step(batch)
             weights.append(run.state.params)
     assert_same(*weights)
+
+
+def test_visits_are_compiled_once_and_before_the_sweep(tmp_path, caplog):
+    """Four kinds of blocks are four programs, however many layers there are; the call finds what was compiled ahead."""
+    model = FAMILIES["opt"](True).init(jax.random.key(1))
+    began = []
+    with zo.Run(model, zo.two_point(1e-3), zo.sgd(1e-3), directory=tmp_path, key=jax.random.key(5)) as run:
+        take = run._stream._take
+        run._stream._take = lambda i: began.append(len(caplog.records)) or take(i)
+        with jax.log_compiles(), caplog.at_level("WARNING"):
+            for batch in batches(2):
+                run.step(batch)
+        programs = [n for n, r in enumerate(caplog.records) if "XLA compilation of jit(train)" in r.getMessage()]
+    assert len(programs) == 4 and max(programs) < began[0]

@@ -50,6 +50,7 @@ class Matrices:
         self._rounding = rounding
         self._terms, self._probes = by_leaf(ids, update, *probes) if places else (None, None)
         self._waiting = set(range(len(places))) if update is not None else set()
+        self._last: tuple[jax.Array, ...] = ()
 
     def probes(self, index: int) -> Probes:
         """The probes of a matrix: keys [K, 2], coefficients [M, K]."""
@@ -60,6 +61,17 @@ class Matrices:
         members = self._moved(index, self.probes(index) if probes is None else probes)
         assert members is not None
         return members
+
+    def product(self, index: int, member: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
+        """x W^T by a member's matrix, which is not made before x and the last product are there.
+
+        Nor does x become part of the product: where XLA's own kernel for that loses against cuBLAS, what computes x
+        would be left as a pass of its own.
+        """
+        probes, x, _ = lax.optimization_barrier((self.probes(index), x, self._last))
+        y = member_product(member, x, self.members(index, probes), dtype)
+        self._last = (lax.slice(y, (0,) * y.ndim, (1,) * y.ndim),)  # all of it would have to stay in memory
+        return y
 
     def settle(self, index: int) -> jax.Array:
         """The page of a matrix, which has taken its update."""
@@ -105,10 +117,7 @@ class Probe:
 
     def product(self, x: jax.Array, dtype: Any) -> jax.Array:
         """X [..., n_in] -> x W^T in ``dtype``."""
-        # No matrix is made before x is there. Nor does x become part of the product: where XLA's own kernel for that
-        # loses against cuBLAS, what computes x would be left as a pass of its own.
-        probes, x = lax.optimization_barrier((self._matrices.probes(self._index), x))
-        return member_product(self._member, x, self._matrices.members(self._index, probes), dtype)
+        return self._matrices.product(self._index, self._member, x, dtype)
 
     def array(self) -> jax.Array:
         """The matrix itself, for modules that know no `Weight`."""
@@ -117,7 +126,7 @@ class Probe:
     def rows(self, ids: jax.Array) -> jax.Array:
         """The rows of these indices, [*ids.shape, n_in]: z is drawn for them alone."""
         place, probes = self._matrices.places[self._index], self._matrices.probes(self._index)
-        page = self._matrices.settle(self._index)
+        page = self._matrices.settle_all()[place.page]  # a move after rows were read would copy the page
         matrix = lax.slice(page, (place.offset,), (place.offset + place.size,)).reshape(place.shape)
         row, indices = probes.matrix[self._member], ids.reshape(-1)
 

