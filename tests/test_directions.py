@@ -7,13 +7,26 @@ import pytest
 from flax import nnx
 from scipy import stats
 
-from zo2jax.directions import check_key, draw, leaf_id, leaf_ids, leaf_name, normal, rademacher, step_keys
+from pallas_kernels import bits
+from zo2jax.directions import (
+    check_key,
+    draw,
+    expand,
+    factors,
+    leaf_id,
+    leaf_ids,
+    leaf_name,
+    lowrank,
+    normal,
+    rademacher,
+    step_keys,
+)
 
 KEY = jax.random.key(91)
 
 
 def z(direction=normal, *, key=KEY, step=0, k=0, leaf="w", shape=(1000, 999)) -> np.ndarray:
-    keys = step_keys(key, jnp.uint32(step), k + 1)
+    keys = step_keys(key, jnp.uint32(step), k + 1, direction)
     return np.asarray(draw(direction, keys[k], np.uint32(leaf_id(leaf)), shape), np.float64)
 
 
@@ -136,3 +149,75 @@ def test_other_keys_are_refused(key, message):
 def test_the_default_generator_does_not_matter():
     with jax.default_prng_impl("rbg"), pytest.raises(ValueError, match="generator 'rbg'"):
         check_key(jax.random.key(0))
+
+
+@pytest.mark.parametrize(("rank", "shape"), [(1, (7, 5)), (2, (33, 12)), (3, (2, 4, 9)), (8, (5, 1))])
+def test_a_low_rank_z_is_the_product_of_its_factors(rank, shape):
+    direction = lowrank(rank, refresh=4)
+    keys = jax.vmap(bits.fold, in_axes=(0, None))(
+        jax.random.key_data(step_keys(KEY, 6, 1, direction)[0]), np.uint32(leaf_id("w"))
+    )
+    rows, columns = int(np.prod(shape[:-1])), shape[-1]
+    u, v = (np.asarray(x, np.float64) for x in factors(direction, keys, (rows, columns)))
+    got = z(direction, step=6, shape=shape)
+    np.testing.assert_allclose(got.reshape(rows, columns), u @ v.T, rtol=0, atol=rank * 2.0**-20)
+    assert np.linalg.matrix_rank(got.reshape(rows, columns), tol=1e-4) == min(rank, rows, columns)
+    some = draw(direction, step_keys(KEY, 6, 1, direction)[0], np.uint32(leaf_id("w")), shape, rows=jnp.array([1, 0]))
+    np.testing.assert_array_equal(np.asarray(some, np.float64), got.reshape(rows, columns)[[1, 0]])
+
+
+def test_u_is_new_each_step_and_v_each_period():
+    direction = lowrank(1, refresh=3)
+    spans = [z(direction, step=step, shape=(4, 50)) for step in range(6)]
+    rows = [x[0] / np.linalg.norm(x[0]) for x in spans]
+    same = np.abs(np.array(rows) @ np.array(rows).T) > 0.999
+    assert (same == np.kron(np.eye(2), np.ones((3, 3)))).all()
+    columns = [x[:, 0] / np.linalg.norm(x[:, 0]) for x in spans]
+    assert (np.abs(np.array(columns) @ np.array(columns).T - np.eye(6)) < 0.9999).all()
+    for other in ({"leaf": "v"}, {"key": jax.random.key(92)}):  # another leaf, another run: another V
+        assert abs(rows[0] @ z(direction, shape=(4, 50), **other)[0]) < 0.6 * np.linalg.norm(
+            z(direction, shape=(4, 50), **other)[0]
+        )
+
+
+def test_vectors_take_the_dense_z():
+    np.testing.assert_array_equal(z(lowrank(2), shape=(101,)), z(normal, shape=(101,)))
+
+
+def test_sums_over_the_rank_are_the_same_bits_in_any_program():
+    rng = np.random.default_rng(4)
+    p = jnp.asarray(rng.normal(size=(300, 3)), jnp.float32)  # all 24 bits
+    v, w = bits.cut12(jnp.asarray(rng.normal(size=(200, 3)), jnp.float32)), jnp.ones((300, 200))
+    with jax.disable_jit():
+        expected = w + expand(p, v)
+    np.testing.assert_array_equal(jax.jit(lambda w: w + expand(p, v))(w), expected)
+    np.testing.assert_allclose(expand(p, v), np.asarray(p, np.float64) @ np.asarray(v, np.float64).T, atol=2e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_a_low_rank_estimate_has_no_bias_and_the_variance_of_its_formula(rank):
+    """On a quadratic, whose two-point g is exactly <G, Z>: E <G, Z>^2 / |G|^2 = 1.
+
+    With t = tr((G^T G)^2) / |G|^4 (each of the rank terms u^T G v has the fourth moment 3 |G|^4 (1 + 2 t)), the
+    variance is 2 + 6 t / rank; that of a dense normal z is 2.
+    """
+    draws, shape = 100_000, (6, 5)
+    gradient = np.random.default_rng(5).normal(size=shape)
+    direction = lowrank(rank, refresh=1)
+
+    @jax.jit
+    def along(step):
+        one = draw(direction, step_keys(KEY, step, 1, direction)[0], np.uint32(7), shape)
+        return jnp.sum(one * jnp.asarray(gradient, jnp.float32))
+
+    products = np.asarray(jax.lax.map(along, jnp.arange(draws, dtype=jnp.uint32), batch_size=1000), np.float64)
+    sample = products**2 / np.sum(gradient**2)
+    t = np.trace(np.linalg.matrix_power(gradient.T @ gradient, 2)) / np.sum(gradient**2) ** 2
+    assert sample.mean() == pytest.approx(1, abs=0.02)
+    assert sample.var() == pytest.approx(2 + 6 * t / rank, rel=0.15)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [((0,), "rank is 0, expected 1 to 64"), ((2, 0), "refresh is 0")])
+def test_low_rank_directions_are_checked(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        lowrank(*arguments)

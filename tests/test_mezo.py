@@ -43,7 +43,7 @@ def float64_mezo(params, batches, key, *, eps, schedule, weight_decay, copies, d
     ids = dict(zip(sorted(params), leaf_ids(params), strict=True))
     for t, batch in enumerate(batches):
         total = dict.fromkeys(theta, 0.0)
-        for direction_key in step_keys(key, jnp.uint32(t), copies):
+        for direction_key in step_keys(key, jnp.uint32(t), copies, direction):
             z = {n: np.asarray(draw(direction, direction_key, ids[n], w.shape), np.float64) for n, w in theta.items()}
             plus = loss64({n: w + eps * z[n] for n, w in theta.items()}, batch)
             minus = loss64({n: w - eps * z[n] for n, w in theta.items()}, batch)
@@ -56,7 +56,7 @@ def float64_mezo(params, batches, key, *, eps, schedule, weight_decay, copies, d
     return theta
 
 
-@pytest.mark.parametrize("direction", [zo.normal, zo.rademacher])
+@pytest.mark.parametrize("direction", [zo.normal, zo.rademacher, zo.lowrank(2, refresh=7)])
 @pytest.mark.parametrize("copies", [1, 3])
 def test_against_float64(direction, copies):
     params, batch = problem()
@@ -98,7 +98,7 @@ def same_coefficients(dtype):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("direction", [zo.normal, zo.rademacher])
+@pytest.mark.parametrize("direction", [zo.normal, zo.rademacher, zo.lowrank(3, refresh=2)])
 def test_user_jit_scan_eager_and_donation_agree_in_every_bit(dtype, direction):
     params, batch = problem(dtype)
     algorithm = zo.mezo(loss_fn, zo.averaged(zo.two_point(1e-3, direction=direction), 2), zo.sgd(1e-2, 0.1))

@@ -29,6 +29,10 @@ class Direction:
 
     name: str
     pair: bits.WordMap
+    rank: int = 0
+    """Of z for matrices; 0: z has an entry of its own for each weight."""
+    refresh: int = 1
+    """Steps for which V is kept, if there is a rank."""
 
     def __repr__(self) -> str:
         return self.name
@@ -39,6 +43,29 @@ normal = Direction("normal", bits.normal_pair)
 
 rademacher = Direction("rademacher", bits.rademacher_pair)
 """z uniform on {-1, +1}^d, the perturbation of SPSA (Spall, 1992)."""
+
+
+_MAX_RANK = 64
+
+
+def lowrank(rank: int = 2, refresh: int = 50) -> Direction:
+    """Z = U V^T for a matrix [n_out, n_in]: U [n_out, rank] new each step, V [n_in, rank] each ``refresh`` steps.
+
+    V ~ N(0, 1) and U ~ N(0, 1 / rank), so that the entries of Z have variance 1 and the estimate of a gradient has no
+    bias (LOZO, arXiv 2410.07698, algorithm 1, has the factor 1 / rank elsewhere). All directions of a step share V.
+    Arrays of more than two dimensions are matrices of prod(shape[:-1]) rows; those of fewer take a dense normal z.
+
+    Raises:
+        ValueError: for a rank that is not 1 to 64, or a refresh below 1.
+
+    >>> lowrank(2, refresh=50)
+    lowrank(2, refresh=50)
+    """
+    if not 1 <= rank <= _MAX_RANK:
+        raise ValueError(f"rank is {rank}, expected 1 to {_MAX_RANK} (1 to 8 are usual)")
+    if refresh < 1:
+        raise ValueError(f"refresh is {refresh}, expected at least 1 step (50 to 100 are usual)")
+    return Direction(f"lowrank({rank}, refresh={refresh})", bits.normal_pair, rank, refresh)
 
 
 def check_key(key: jax.Array) -> jax.Array:
@@ -130,14 +157,22 @@ def leaf_ids(params: PyTree) -> np.ndarray:
     return np.array(ids, np.uint32)
 
 
-def step_keys(key: jax.Array, step: jax.Array, count: int) -> jax.Array:
+def step_keys(key: jax.Array, step: jax.Array, count: int, direction: Direction = normal) -> jax.Array:
     """The keys of the ``count`` directions of one step: fold_in(fold_in(key, step), k), typed keys [count].
 
-    >>> step_keys(jax.random.key(0), 5, 2).shape
-    (2,)
+    Those of a `lowrank` direction are pairs, [count, 2]: of U, and of V, which is
+    fold_in(fold_in(key, 2^32 - 1), step // refresh).
+
+    >>> step_keys(jax.random.key(0), 5, 2).shape, step_keys(jax.random.key(0), 5, 2, lowrank(2)).shape
+    ((2,), (2, 2))
     """
     at_step = jax.random.fold_in(key, step)
-    return jax.vmap(lambda k: jax.random.fold_in(at_step, k))(jnp.arange(count, dtype=jnp.uint32))
+    keys = jax.vmap(lambda k: jax.random.fold_in(at_step, k))(jnp.arange(count, dtype=jnp.uint32))
+    if not direction.rank:
+        return keys
+    period = jnp.asarray(step, jnp.uint32) // np.uint32(direction.refresh)
+    basis = jax.random.fold_in(jax.random.fold_in(key, np.uint32(2**32 - 1)), period)
+    return jnp.stack([keys, jnp.broadcast_to(basis, keys.shape)], axis=1)
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -154,7 +189,8 @@ def draw(
 ) -> jax.Array:
     """z of one leaf: float32 of shape ``shape``, or, with ``rows`` (integers [R]), only these rows: [R, columns].
 
-    ``key`` is a direction's key (`step_keys`), ``ident`` a leaf id (uint32, data rather than a constant).
+    ``key`` is a direction's key (`step_keys`), ``ident`` a leaf id (uint32, data rather than a constant). The entries
+    of a dense z have 12 significant bits; those of a low-rank one are sums of ``rank`` products, which are exact.
 
     >>> key, ident = jax.random.key(0), np.uint32(1)
     >>> z = draw(normal, key, ident, (5, 6))
@@ -162,7 +198,46 @@ def draw(
     True
     """
     n_rows, columns = matrix_shape(shape)
-    leaf_key = bits.fold(jax.random.key_data(key), jnp.asarray(ident, jnp.uint32))
+    data, ident = jax.random.key_data(key), jnp.asarray(ident, jnp.uint32)
+    if direction.rank and len(shape) >= 2:
+        u, v = factors(direction, jax.vmap(bits.fold, in_axes=(0, None))(data, ident), (n_rows, columns))
+        return expand(u, v).reshape(shape) if rows is None else expand(u[rows], v)
+    leaf_key = bits.fold(data[0] if direction.rank else data, ident)
     if rows is not None:
         return bits.draw(direction.pair, leaf_key, rows.astype(jnp.uint32), columns)
     return bits.draw(direction.pair, leaf_key, jnp.arange(n_rows, dtype=jnp.uint32), columns).reshape(shape)
+
+
+def factors(direction: Direction, keys: jax.Array, shape: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+    """(U [rows, rank], V [columns, rank]) of a matrix, float32 with 12 significant bits; Z = U V^T.
+
+    ``keys`` uint32 [2, 2] are the leaf's, of U and of V. Row i of a factor is that of an array with ``rank`` columns
+    under its key, so that any rows can be drawn alone; U is divided by sqrt(rank) and cut to 12 bits again.
+
+    >>> u, v = factors(lowrank(2), jnp.zeros((2, 2), jnp.uint32), (3, 5))
+    >>> u.shape, v.shape
+    ((3, 2), (5, 2))
+    """
+    rank = direction.rank
+    u, v = (bits.draw(direction.pair, keys[i], jnp.arange(n, dtype=jnp.uint32), rank) for i, n in enumerate(shape))
+    return bits.cut12(u * np.float32(1 / math.sqrt(rank))), v
+
+
+def expand(p: jax.Array, v: jax.Array) -> jax.Array:
+    """P V^T: float32 [n, rank] and [m, rank] -> [n, m], an ordered sum over the rank.
+
+    V has 12 significant bits, and P is cut into two halves of 12, so that every product is exact: it does not matter,
+    to the bit, what else a program fuses with it.
+
+    >>> expand(jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 0.5], [1.0, 1.0]])).tolist()
+    [[4.0, 3.0]]
+    """
+    high = bits.cut12(p)
+    low = p - high
+    total = None
+    for j in range(p.shape[1]):
+        for half in (high, low):
+            term = half[:, j, None] * v[None, :, j]
+            total = term if total is None else total + term
+    assert total is not None, "a rank is at least 1"
+    return total

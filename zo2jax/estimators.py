@@ -62,7 +62,7 @@ def two_point(eps: float, *, direction: Direction = normal) -> Estimator:
 
     Args:
         eps: the perturbation scale, positive (1e-3 in MeZO); cut to 12 significant bits.
-        direction: `normal` or `rademacher`.
+        direction: `normal`, `rademacher`, or one of `zo2jax.lowrank`.
 
     >>> float(two_point(0.5).coefficients(np.array([3.0, 1.0]))[0])
     2.0

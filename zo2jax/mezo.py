@@ -136,7 +136,7 @@ def mezo(loss_fn: LossFn, estimator: Estimator, optimizer: Any, *, rounding: Rou
         return State(params, transform.init(estimator.directions), jnp.zeros((), jnp.uint32), check_key(key), ids)
 
     def step(state: State, batch: Any) -> tuple[State, Info]:
-        keys = step_keys(state.key, state.step, estimator.directions)
+        keys = step_keys(state.key, state.step, estimator.directions, estimator.direction)
 
         def member(row: tuple[jax.Array, jax.Array]) -> jax.Array:
             probe = perturb(state.params, keys[row[0]], row[1], state.leaf_ids, direction=estimator.direction)

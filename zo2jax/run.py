@@ -117,7 +117,7 @@ class Run:
         tensorboard: whether the metrics go to ``tensorboard`` in the directory as well.
 
     Raises:
-        ValueError: if the directory holds a run with another config, naming the keys.
+        ValueError: for a low-rank direction, or if the directory holds a run with another config, naming the keys.
         PermissionError: if the directory cannot be written.
 
     >>> import tempfile, zo2jax as zo
@@ -151,6 +151,8 @@ class Run:
     ):
         """Opens the directory; restores the newest checkpoint if there is one."""
         optimizer = as_optimizer(optimizer)
+        if estimator.direction.rank:
+            raise ValueError(f"direction is {estimator.direction}: expected a dense one; zo.mezo takes low rank")
         bare = model.replace({})  # what is kept, without the untrained weights
         shapes = owned_shapes(model.blocks)
         self._generated = loss if isinstance(loss, Generated) else None

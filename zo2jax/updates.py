@@ -19,7 +19,8 @@ from jax import lax
 from pallas_kernels import bits
 from pallas_kernels.perturb import Probes, Terms
 from pallas_kernels.perturb import perturb as perturb_leaf
-from zo2jax.directions import Direction, PyTree, is_trained, normal
+from pallas_kernels.reference import decayed
+from zo2jax.directions import Direction, PyTree, expand, factors, is_trained, matrix_shape, normal
 
 _SMALL_LEAF = 1 << 20
 """Elements up to which equal leaves are moved together; see `_together`."""
@@ -36,7 +37,7 @@ class Update(NamedTuple):
     """
 
     keys: jax.Array
-    """Typed PRNG keys of the K directions, shape [K]."""
+    """Typed PRNG keys of the K directions, shape [K]; of low-rank ones [K, 2] (`zo2jax.directions.step_keys`)."""
     coefs: jax.Array
     """float32 [K]."""
     decay: jax.Array
@@ -82,6 +83,11 @@ def _move_leaves(
     """
 
     def one(w: jax.Array, terms: Terms | None, probes: Probes | None, implementation: str | None) -> Any:
+        if direction.rank and w.ndim >= 2:
+            return _move_low_rank(w, terms, probes, direction, rounding)
+        if direction.rank:  # dense: the first key of each pair
+            terms = terms if terms is None else terms._replace(keys=terms.keys[..., 0, :])
+            probes = probes if probes is None else probes._replace(keys=probes.keys[..., 0, :])
         if terms is not None and w.ndim < 2:
             terms = terms._replace(decay=None)
         return perturb_leaf(
@@ -93,6 +99,36 @@ def _move_leaves(
         return [one(leaves[0], terms, probes, None)]
     moved, members = jax.vmap(partial(one, implementation="xla"))(jnp.stack(leaves), terms, probes)
     return [(w, None if members is None else members[i]) for i, w in enumerate(moved)]
+
+
+def _move_low_rank(
+    w: jax.Array, terms: Terms | None, probes: Probes | None, direction: Direction, rounding: Rounding
+) -> tuple[jax.Array, jax.Array | None]:
+    """A matrix after ``terms``, each W + P V^T with P = sum_k coefs[k] U_k, and the probes of that."""
+    shape = matrix_shape(w.shape)
+    wide = w.astype(jnp.float32).reshape(shape)
+
+    def delta(keys: jax.Array, coefs: jax.Array) -> jax.Array:
+        def term(k: Any) -> jax.Array:
+            return coefs[k] * factors(direction, keys[k], shape)[0]
+
+        p = lax.fori_loop(1, len(coefs), lambda k, total: total + term(k), term(0)) if len(coefs) > 1 else term(0)
+        return expand(p, factors(direction, keys[0], shape)[1])
+
+    for u in range(0 if terms is None else len(terms.coefs)):
+        assert terms is not None
+        decay = None if terms.decay is None else lax.optimization_barrier(terms.decay[u])
+        wide = decayed(wide, delta(terms.keys[u], terms.coefs[u]), decay, w.dtype)
+        if w.dtype != jnp.float32:
+            key = bits.fold(terms.keys[u, 0, 0], jnp.uint32(1))
+            noise = partial(bits.draw, bits.rounding_pair, key, jnp.arange(shape[0], dtype=jnp.uint32), shape[1])
+            wide = lax.optimization_barrier(rounding.apply(wide, w.dtype, noise)).astype(jnp.float32)
+    if terms is not None:
+        w = wide.astype(w.dtype).reshape(w.shape)
+    if probes is None:
+        return w, None
+    members = [(wide + delta(probes.keys, row)).astype(w.dtype).reshape(w.shape) for row in probes.matrix]
+    return w, jnp.stack(members)
 
 
 def _together(leaves: list[Any]) -> list[list[int]]:
@@ -201,9 +237,10 @@ def by_leaf(
 
 
 def _leaf_keys(keys: jax.Array, leaf_ids: jax.Array) -> jax.Array:
-    """The threefry keys of each leaf's noise: uint32 [leaves, K, 2]."""
+    """The threefry keys of each leaf's noise: uint32 [leaves, K, 2], of low-rank directions [leaves, K, 2, 2]."""
     data = jax.random.key_data(keys)
-    return jax.vmap(lambda ident: jax.vmap(lambda key: bits.fold(key, ident))(data))(jnp.asarray(leaf_ids))
+    folded = jax.vmap(jax.vmap(bits.fold, in_axes=(0, None)), in_axes=(None, 0))(data.reshape(-1, 2), leaf_ids)
+    return folded.reshape(len(leaf_ids), *data.shape)
 
 
 def apply_update(
