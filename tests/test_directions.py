@@ -161,6 +161,7 @@ def test_a_low_rank_z_is_the_product_of_its_factors(rank, shape):
     u, v = (np.asarray(x, np.float64) for x in factors(direction, keys, (rows, columns)))
     got = z(direction, step=6, shape=shape)
     np.testing.assert_allclose(got.reshape(rows, columns), u @ v.T, rtol=0, atol=rank * 2.0**-20)
+    assert (v == np.asarray(jnp.asarray(v, jnp.bfloat16), np.float64)).all()
     assert np.linalg.matrix_rank(got.reshape(rows, columns), tol=1e-4) == min(rank, rows, columns)
     some = draw(direction, step_keys(KEY, 6, 1, direction)[0], np.uint32(leaf_id("w")), shape, rows=jnp.array([1, 0]))
     np.testing.assert_array_equal(np.asarray(some, np.float64), got.reshape(rows, columns)[[1, 0]])

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from pallas_kernels import bits
 
@@ -209,10 +210,11 @@ def draw(
 
 
 def factors(direction: Direction, keys: jax.Array, shape: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-    """(U [rows, rank], V [columns, rank]) of a matrix, float32 with 12 significant bits; Z = U V^T.
+    """(U [rows, rank], V [columns, rank]) of a matrix, float32 with 12 and 8 significant bits; Z = U V^T.
 
     ``keys`` uint32 [2, 2] are the leaf's, of U and of V. Row i of a factor is that of an array with ``rank`` columns
-    under its key, so that any rows can be drawn alone; U is divided by sqrt(rank) and cut to 12 bits again.
+    under its key, so that any rows can be drawn alone; U is divided by sqrt(rank) and cut to 12 bits again, V rounded
+    to 8, so that 16-bit products with it are those of Z.
 
     >>> u, v = factors(lowrank(2), jnp.zeros((2, 2), jnp.uint32), (3, 5))
     >>> u.shape, v.shape
@@ -220,14 +222,14 @@ def factors(direction: Direction, keys: jax.Array, shape: tuple[int, int]) -> tu
     """
     rank = direction.rank
     u, v = (bits.draw(direction.pair, keys[i], jnp.arange(n, dtype=jnp.uint32), rank) for i, n in enumerate(shape))
-    return bits.cut12(u * np.float32(1 / math.sqrt(rank))), v
+    return bits.cut12(u * np.float32(1 / math.sqrt(rank))), lax.reduce_precision(v, exponent_bits=8, mantissa_bits=7)
 
 
 def expand(p: jax.Array, v: jax.Array) -> jax.Array:
     """P V^T: float32 [n, rank] and [m, rank] -> [n, m], an ordered sum over the rank.
 
-    V has 12 significant bits, and P is cut into two halves of 12, so that every product is exact: it does not matter,
-    to the bit, what else a program fuses with it.
+    V has 12 significant bits at most, and P is cut into two halves of 12, so that every product is exact: it does not
+    matter, to the bit, what else a program fuses with it.
 
     >>> expand(jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 0.5], [1.0, 1.0]])).tolist()
     [[4.0, 3.0]]
