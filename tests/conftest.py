@@ -43,6 +43,13 @@ def quick_compilation() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def optimized() -> Iterator[None]:
+    """As in use, where quick compilation would leave nothing to find."""
+    with optimization(True):
+        yield
+
+
 @pytest.fixture(scope="session")
 def stories(test_data: Path) -> Path:
     """A real pretrained Llama of 260,032 parameters."""

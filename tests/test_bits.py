@@ -11,6 +11,8 @@ from scipy import stats
 
 from pallas_kernels import bits
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 RNG = np.random.default_rng(20240607)
 ALL_RADII = np.arange(65536, dtype=np.uint32) << 16
 ALL_ANGLES = np.arange(65536, dtype=np.uint32)

@@ -26,6 +26,8 @@ from zo2jax import checkpoint
 from zo2jax.checkpoint import Snapshots
 from zo2jax.mezo import State
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 DTYPES = [
     np.float32,
     ml_dtypes.bfloat16,

@@ -6,6 +6,8 @@ import pytest
 
 import zo2jax as zo
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def test_two_point_is_the_central_difference():
     estimator = zo.two_point(1e-3)

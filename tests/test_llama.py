@@ -16,6 +16,8 @@ from zo2jax.models.blocks import owned_shapes
 from zo2jax.models.layers import attention, realign
 from zo2jax.models.llama import LlamaConfig, RopeScaling, rope_frequencies
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,

@@ -9,6 +9,8 @@ import pytest
 import zo2jax as zo
 from zo2jax.directions import draw, leaf_ids, step_keys
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 RNG = np.random.default_rng(23)
 N_IN, HIDDEN, ROWS = 12, 16, 64
 
@@ -97,6 +99,7 @@ def same_coefficients(dtype):
     return algorithm, algorithm.init(params, jax.random.key(5))
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("direction", [zo.normal, zo.rademacher, zo.lowrank(3, refresh=2)])
 def test_user_jit_scan_eager_and_donation_agree_in_every_bit(dtype, direction):

@@ -8,6 +8,8 @@ import pytest
 import zo2jax as zo
 from zo2jax.optimizers import as_optimizer
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 G = jnp.array([3.0, -0.5], jnp.float32)
 
 ACCEPTED = {

@@ -12,6 +12,8 @@ from zo2jax.tasks.data import Example
 from zo2jax.tasks.scoring import Evaluation, evaluate, option_scores
 from zo2jax.tasks.task import Task
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:

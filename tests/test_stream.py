@@ -374,7 +374,7 @@ def test_visits_are_compiled_once_and_before_the_sweep(tmp_path, caplog):
         take = run._stream._take
         run._stream._take = lambda i: began.append(len(caplog.records)) or take(i)
         with jax.log_compiles(), caplog.at_level("WARNING"):
-            for batch in batches(2):
+            for batch in batches(2, rows=5):  # rows no other test has, or their programs are in the process already
                 run.step(batch)
         programs = [n for n, r in enumerate(caplog.records) if "XLA compilation of jit(train)" in r.getMessage()]
     assert len(programs) == 4 and max(programs) < began[0]

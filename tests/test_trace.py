@@ -9,6 +9,8 @@ from zo2jax.bench import trace
 from zo2jax.bench.throughput import Setting
 from zo2jax.bench.trace import LANES, Event, Window, busy, draw, events, middle
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = Setting("opt-tiny", layers=1, tokens=8)
 
 PLANES = """

@@ -12,6 +12,8 @@ from zo2jax import updates
 from zo2jax.directions import draw, leaf_ids
 from zo2jax.updates import perturb
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SHAPES = {"m": (67, 33), "n": (67, 33), "v": (129,), "t": (3, 5, 7), "s": (), "e": (0, 4), "i": (2, 2)}
 RNG = np.random.default_rng(17)
 
@@ -128,6 +130,7 @@ def test_decay_skips_vectors():
     assert moved["m"].tolist() == [[0.5, 0.5], [0.5, 0.5]] and moved["v"].tolist() == [1.0, 1.0]
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("direction", [zo.normal, zo.rademacher])
 def test_every_program_moves_every_bit_alike(dtype, direction):

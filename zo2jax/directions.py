@@ -8,6 +8,7 @@ the leaf key (see `pallas_kernels.bits`). A leaf of shape [..., n] is a matrix o
 import hashlib
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -185,6 +186,7 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return math.prod(shape[:-1]), shape[-1] if shape else 1
 
 
+@partial(jax.jit, static_argnames=("direction", "shape"))
 def draw(
     direction: Direction, key: jax.Array, ident: jax.Array, shape: tuple[int, ...], rows: jax.Array | None = None
 ) -> jax.Array:
