@@ -52,6 +52,11 @@ class Matrices:
         self._waiting = set(range(len(places))) if update is not None else set()
         self._last: tuple[jax.Array, ...] = ()
 
+    def weight(self, index: int, member: jax.Array | None) -> "Probe":
+        """A member's matrix."""
+        assert member is not None, "weights as they are need no probes"
+        return Probe(self, index, member)
+
     def probes(self, index: int) -> Probes:
         """The probes of a matrix: keys [K, 2], coefficients [M, K]."""
         return jax.tree.map(lambda x: x[index], self._probes)

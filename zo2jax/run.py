@@ -17,6 +17,7 @@ import numpy as np
 from zo2jax.checkpoint import Snapshots
 from zo2jax.directions import step_keys
 from zo2jax.estimators import Estimator
+from zo2jax.factored import BESIDE
 from zo2jax.metrics import Metrics, memory_peaks, write_atomically
 from zo2jax.mezo import Info, State, conclude, mezo
 from zo2jax.models.blocks import Source, forward, owned_shapes
@@ -117,7 +118,7 @@ class Run:
         tensorboard: whether the metrics go to ``tensorboard`` in the directory as well.
 
     Raises:
-        ValueError: for a low-rank direction, or if the directory holds a run with another config, naming the keys.
+        ValueError: if the directory holds a run with another config, naming the keys.
         PermissionError: if the directory cannot be written.
 
     >>> import tempfile, zo2jax as zo
@@ -151,8 +152,6 @@ class Run:
     ):
         """Opens the directory; restores the newest checkpoint if there is one."""
         optimizer = as_optimizer(optimizer)
-        if estimator.direction.rank:
-            raise ValueError(f"direction is {estimator.direction}: expected a dense one; zo.mezo takes low rank")
         bare = model.replace({})  # what is kept, without the untrained weights
         shapes = owned_shapes(model.blocks)
         self._generated = loss if isinstance(loss, Generated) else None
@@ -184,7 +183,9 @@ class Run:
         self._matrix = jnp.asarray(estimator.probes)
         self._estimator, self._optimizer = estimator, optimizer
         self._nothing = Update(
-            step_keys(state.key, state.step, estimator.directions), jnp.zeros(estimator.directions), jnp.zeros(())
+            _step_keys(state.key, state.step, estimator.directions, estimator.direction),
+            jnp.zeros(estimator.directions),
+            jnp.zeros(()),
         )
         self._update = self._nothing  # what the weights still lack: a step applies the update of the one before it
         self._done = int(self._state.step)
@@ -201,7 +202,13 @@ class Run:
         if set(plan.tiers.values()) - {"device"}:
             measure_link()  # while no step waits
         try:
-            self._stream = Stream(trained.blocks, source, estimator.direction, rounding, plan, pages)
+            self._folded = max(self._done - 1, 0) // estimator.direction.refresh  # how often the matrices were, if so
+            basis = self._basis(self._folded)
+            self._stream = Stream(trained.blocks, source, estimator.direction, rounding, plan, pages, basis)
+            if last is not None and basis is not None:
+                for name in shapes:
+                    kept = self._snapshots.block(last, name + BESIDE, self._stream.beside(name))
+                    self._stream.put_beside(name, kept)
         except BaseException as error:
             self._snapshots.close()
             self._metrics.close()
@@ -252,7 +259,8 @@ class Run:
             ValueError: for a batch without targets. It, and any batch that the model cannot take, changes no weights.
             NonFiniteLoss: after ``max_skipped`` steps in a row without a finite loss; they changed no weights.
         """
-        keys = _step_keys(self._state.key, self._state.step, self._estimator.directions)
+        keys = _step_keys(self._state.key, self._state.step, self._estimator.directions, self._estimator.direction)
+        self._fold()
         up, down = self._stream.bytes_up, self._stream.bytes_down
         sums = self._losses(keys, batch)
         up, down = self._stream.bytes_up - up, self._stream.bytes_down - down
@@ -304,7 +312,9 @@ class Run:
         self.flush()
         loss = self._eval_loss.get(self._done)
         metrics = {} if loss is None or not np.isfinite(loss) else {"eval/loss": loss}
-        self._snapshots.save(self._state, self._stream.items(), metrics)
+        blocks = ((name, self._stream.stored(name)) for name in self._stream)
+        beside = ((name + BESIDE, self._stream.beside(name)) for name in self._stream if self._basis(0) is not None)
+        self._snapshots.save(self._state, itertools.chain(blocks, beside), metrics)
 
     def export(self, folder: str | Path) -> Path:
         """Writes the present weights as a Hugging Face folder; see `zo2jax.models.hub.export`."""
@@ -340,6 +350,22 @@ class Run:
         if update is not self._nothing:
             self._stream.apply(update)
 
+    def _basis(self, period: int) -> jax.Array | None:
+        """The key of V in a period of a low-rank direction."""
+        direction = self._estimator.direction
+        step = jnp.uint32(period * direction.refresh)
+        return _step_keys(self._state.key, step, 1, direction)[0, 1] if direction.rank else None
+
+    def _fold(self) -> None:
+        """Where a period of a low-rank direction begins: takes the updates of the last one into the matrices."""
+        period = self._done // self._estimator.direction.refresh
+        if self._estimator.direction.rank and period != self._folded:
+            self._catch_up()
+            basis = self._basis(period)
+            assert basis is not None
+            self._stream.fold(basis)
+            self._folded = period
+
     def _restored(self, like: State, step: int) -> State:
         try:
             return self._snapshots.restore(like, step)
@@ -374,7 +400,7 @@ class Run:
         self._skipped_in_row = self._skipped_in_row + 1 if skipped else 0
 
 
-_step_keys = jax.jit(step_keys, static_argnums=2)
+_step_keys = jax.jit(step_keys, static_argnums=(2, 3))
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from zo2jax import visits
-from zo2jax.directions import Direction, leaf_ids
-from zo2jax.models.blocks import Block, Params, Visit, block_of, owned_shapes
+from zo2jax.directions import Direction, leaf_ids, matrix_shape
+from zo2jax.factored import Basis, Beside, after, basis_of, merge
+from zo2jax.models.blocks import Block, Params, Visit, block_of, get_leaf, owned_shapes, set_leaf
 from zo2jax.models.layers import Batch, Cache
 from zo2jax.pages import Layout, flat
 from zo2jax.plan import Plan, room
@@ -41,6 +42,7 @@ class Stream(Mapping[str, Params]):
         rounding: of the updates of 16-bit leaves.
         plan: where the blocks live.
         directory: for page files, if there are any.
+        basis: typed key [], of the first V of a low-rank direction. The pages are only read then, between folds.
 
     Raises:
         StoreError: if there is too little host memory, or no room on the disk.
@@ -63,6 +65,7 @@ class Stream(Mapping[str, Params]):
         rounding: Rounding,
         plan: Plan,
         directory: Path | None = None,
+        basis: jax.Array | None = None,
     ):
         """Reads the source into the stores."""
         self.blocks, self.plan = tuple(blocks), plan
@@ -100,6 +103,9 @@ class Stream(Mapping[str, Params]):
             raise
         self._stages = visits.stages_of(self.blocks, tuple(self._layouts.items()))
         self._ids = [self._leaf_ids(block) for block in self.blocks]
+        self._basis = None if basis is None else Basis(basis, jnp.float32(0))
+        self._sums = self._no_sums()  # of updates, by block, for pages that are only read
+        self._place = [{p: k for k, (_, p) in enumerate(self._layouts[b.name].matrices)} for b in self.blocks]
         self._homes = [[self._number[block_of(owner, shapes)] for owner in b.aliases.values()] for b in self.blocks]
         self.bytes_up = self.bytes_down = 0  # over the link, so far
         self._coming: dict[int, Any] = {}
@@ -109,13 +115,36 @@ class Stream(Mapping[str, Params]):
         self._torn = False  # whether some blocks may lack an update that others have
 
     def __getitem__(self, name: str) -> Params:
-        """A copy of a block's leaves: JAX arrays of those on the device, else NumPy arrays."""
+        """A copy of a block's leaves, with every update: JAX arrays of those on the device, else NumPy arrays."""
+        return merge(self.stored(name), self.beside(name))
+
+    def stored(self, name: str) -> Params:
+        """A copy of a block's leaves as they are in their tier, without what is beside them."""
         i = self._number[name]
         self._check_whole()
         self._left(i)
         pages, layout = self._stores[i].read(), self._layouts[name]
         leaves = layout.unpack(pages, {name: jnp.array(leaf) for name, leaf in self._rest[i].items()})
         return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, leaves)
+
+    def beside(self, name: str) -> Params:
+        """A copy of what is beside a block's matrices: {"p": by name, "v": by name, "gone": float32 []}, or {}."""
+        i, matrices = self._number[name], self._layouts[name].matrices
+        if self._basis is None or not matrices:
+            return {}
+        self._check_whole()
+        found: Params = {"p": {}, "v": {}, "gone": jnp.array(self._basis.gone)}
+        for (leaf, place), p, ident in zip(matrices, self._sums[i], self._ids[i][0], strict=True):
+            set_leaf(found["p"], leaf, jnp.array(p))
+            set_leaf(found["v"], leaf, basis_of(self._basis, ident, place.shape, self._how["direction"]))
+        return found
+
+    def put_beside(self, name: str, kept: Params) -> None:
+        """Puts back what `beside` gave, of a stream with the same V."""
+        i, matrices = self._number[name], self._layouts[name].matrices
+        if self._basis is not None and matrices:
+            self._sums[i] = tuple(jnp.asarray(get_leaf(kept, f"p.{leaf}")) for leaf, _ in matrices)
+            self._basis = self._basis._replace(gone=jnp.asarray(kept["gone"]))
 
     def __iter__(self) -> Any:
         """The names of the blocks, in order."""
@@ -138,13 +167,15 @@ class Stream(Mapping[str, Params]):
             self.apply(update)
             raise
         self._torn, carry = True, None
+        visit = self._begin_update(update)
         for i in range(len(self.blocks)):
             held, tied = self._take(i), self._tied(i)
-            held, carry = visits.train(
-                self._stages[i], *held, tied, self._ids[i], update, probes, carry, batch, **self._how
+            (changed, self._rest[i]), carry = visit(
+                self._stages[i], *held, tied, self._beside(i), self._ids[i], update, probes, carry, batch, **self._how
             )
-            self._put(i, held, carry)
             del held  # or the pages would stay until the next ones are there
+            self._put(i, self._changed(i, changed), carry)
+            del changed
         self._torn = False
         return carry
 
@@ -153,16 +184,17 @@ class Stream(Mapping[str, Params]):
         if (shapes := _shapes((update, probes, batch))) in self._compiled:
             return
         known: dict[Any, Any] = {}
-        carry = None
+        visit, carry = visits.train if self._basis is None else visits.read, None
         for i, stage in enumerate(self._stages):
             if (came := (stage, _shapes(carry))) not in known:
                 pages = tuple(jax.ShapeDtypeStruct((n,), dtype) for dtype, n in stage.layout.pages)
                 rest = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._rest[i])
                 with warnings.catch_warnings():  # that a head's result cannot lie where its carry was
                     warnings.filterwarnings("ignore", "Some donated buffers were not usable")
-                    lowered = visits.train.lower(
-                        stage, pages, rest, self._tied(i), self._ids[i], update, probes, carry, batch, **self._how
-                    )
+                    lowered = visit.lower(
+                        stage, pages, rest, self._tied(i), self._beside(i), self._ids[i], update, probes, carry, batch,
+                        **self._how,
+                    )  # fmt: skip
                     lowered.compile()
                 known[came] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info[1])
             carry = known[came]
@@ -175,9 +207,52 @@ class Stream(Mapping[str, Params]):
         self._apply(update)
         self._torn = False
 
-    def _apply(self, update: Update, first: int = 0) -> None:
-        for i in range(first, len(self.blocks)):
-            self._put(i, visits.apply(self._stages[i], *self._take(i), self._ids[i], update, **self._how), None)
+    def _apply(self, update: Update) -> None:
+        self._begin_update(update)
+        for i, (stage, ids) in enumerate(zip(self._stages, self._ids, strict=True)):
+            if (beside := self._beside(i)) is not None:
+                self._sums[i], self._rest[i] = visits.add(stage, self._rest[i], beside, ids, update, **self._how)
+                continue
+            pages, self._rest[i] = visits.apply(stage, *self._take(i), ids, update, **self._how)
+            self._put(i, pages, None)
+
+    def fold(self, basis: jax.Array) -> None:
+        """Takes what is beside the pages into them, and begins with another V (a typed key [])."""
+        self._check_whole()
+        self._torn = True
+        for i, (stage, ids) in enumerate(zip(self._stages, self._ids, strict=True)):
+            self._put(i, visits.fold(stage, self._take(i)[0], self._beside(i), ids, **self._how), None)
+        self._basis, self._sums = Basis(basis, jnp.float32(0)), self._no_sums()
+        self._torn = False
+
+    def _begin_update(self, update: Update) -> Any:
+        """The training visit of this stream, and what is gone of the weights after the update."""
+        if self._basis is None:
+            return visits.train
+        self._basis = after(self._basis, update)
+        return visits.read
+
+    def _changed(self, i: int, changed: Any) -> Pages | None:
+        """The pages that a training visit changed."""
+        if self._basis is None:
+            return changed
+        self._sums[i] = changed
+        return None
+
+    def _no_sums(self) -> list[tuple[jax.Array, ...]]:
+        rank = self._how["direction"].rank
+        if self._basis is None:
+            return []
+        places = [[place for _, place in self._layouts[block.name].matrices] for block in self.blocks]
+        return [tuple(jnp.zeros((matrix_shape(place.shape)[0], rank)) for place in own) for own in places]
+
+    def _beside(self, i: int) -> Beside | None:
+        """What a visit is given beside the pages, if those are only read."""
+        if self._basis is None:
+            return None
+        shared = zip(self._homes[i], self._stages[i].tied, strict=True)
+        tied = [self._sums[home][self._place[home][place]] for home, (_, place) in shared]
+        return Beside(self._sums[i], tuple(tied), self._basis)
 
     def _check_whole(self) -> None:
         """Raises StoreError after a sweep that broke off, or a page that was not kept."""
@@ -191,8 +266,8 @@ class Stream(Mapping[str, Params]):
 
         def visit(block: Block, carry: Any, batch: Batch, cache: Cache | None) -> tuple[Any, Cache | None]:
             i = self._number[block.name]
-            pages, rest = self._take(i)
-            out = visits.plain(stages[i], pages, rest, self._tied(i), carry, batch, cache)
+            held, tied = self._take(i), self._tied(i)
+            out = visits.plain(stages[i], *held, tied, self._beside(i), self._ids[i], carry, batch, cache, **self._how)
             self._put(i, None, out)
             return out
 
@@ -204,10 +279,9 @@ class Stream(Mapping[str, Params]):
 
         def visit(block: Block, carry: Any, batch: Batch, cache: Cache | None) -> tuple[Any, Cache | None]:
             i = self._number[block.name]
-            pages, rest = self._take(i)
-            tied = self._tied(i)
+            held, tied, beside = self._take(i), self._tied(i), self._beside(i)
             out = visits.extend(
-                self._stages[i], pages, rest, tied, self._ids[i], probes, (carry, batch), cache, **self._how
+                self._stages[i], *held, tied, beside, self._ids[i], probes, (carry, batch), cache, **self._how
             )
             self._put(i, None, out)
             return out
@@ -313,13 +387,12 @@ class Stream(Mapping[str, Params]):
             self.bytes_up += self._sizes[i]
         self._coming[i] = self._stores[i].upload()
 
-    def _put(self, i: int, held: Any, out: Any) -> None:
-        """Ends a visit: what changed goes back to its tier."""
-        if held is None:
+    def _put(self, i: int, pages: Pages | None, out: Any) -> None:
+        """Ends a visit: pages that changed go back to their tier."""
+        if pages is None:
             if self._sizes[i]:  # the smallest result says when the visit is over
                 self._last[i] = sorted(jax.tree.leaves(out), key=lambda x: x.nbytes)[:1]
             return
-        pages, self._rest[i] = held
         if (leaving := self._stores[i].commit(pages)) is not None:
             self._leaving[i], self._last[i] = leaving, []
             self.bytes_down += self._sizes[i]

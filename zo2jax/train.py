@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from zo2jax.checkpoint import Snapshots
 from zo2jax.config import Config, ConfigError, load_config
+from zo2jax.factored import BESIDE, merge, shapes_beside
 from zo2jax.metrics import read_metrics, write_atomically
 from zo2jax.models.blocks import Params, Source, forward, owned_shapes
 from zo2jax.models.hub import load
@@ -229,15 +230,17 @@ def trained_model(directory: str | Path, *, best: bool = False) -> tuple[int, Mo
     finally:
         snapshots.close()
     shapes = owned_shapes(model.blocks)
-    readers = {name: partial(_read, folder, step, name, like) for name, like in shapes.items()}
+    rank = config.make_estimator().direction.rank
+    readers = {name: partial(_read, folder, step, name, like, rank) for name, like in shapes.items()}
     return step, model.replace(Source(readers))
 
 
-def _read(folder: Path, step: int, name: str, like: Params) -> Params:
-    """A block of a checkpoint, whose files are open no longer than that takes."""
+def _read(folder: Path, step: int, name: str, like: Params, rank: int) -> Params:
+    """A block of a checkpoint, with every update; its files are open no longer than that takes."""
     snapshots = Snapshots(folder / "checkpoints")
     try:
-        return snapshots.block(step, name, like)
+        leaves = snapshots.block(step, name, like)
+        return merge(leaves, snapshots.block(step, name + BESIDE, shapes_beside(like, rank))) if rank else leaves
     finally:
         snapshots.close()
 

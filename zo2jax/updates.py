@@ -106,29 +106,63 @@ def _move_low_rank(
 ) -> tuple[jax.Array, jax.Array | None]:
     """A matrix after ``terms``, each W + P V^T with P = sum_k coefs[k] U_k, and the probes of that."""
     shape = matrix_shape(w.shape)
-    wide = w.astype(jnp.float32).reshape(shape)
 
-    def delta(keys: jax.Array, coefs: jax.Array) -> jax.Array:
-        def term(k: Any) -> jax.Array:
-            return coefs[k] * factors(direction, keys[k], shape)[0]
-
-        p = lax.fori_loop(1, len(coefs), lambda k, total: total + term(k), term(0)) if len(coefs) > 1 else term(0)
-        return expand(p, factors(direction, keys[0], shape)[1])
+    def pair(keys: jax.Array, coefs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return combined(keys, coefs, shape, direction), factors(direction, keys[0], shape)[1]
 
     for u in range(0 if terms is None else len(terms.coefs)):
         assert terms is not None
-        decay = None if terms.decay is None else lax.optimization_barrier(terms.decay[u])
-        wide = decayed(wide, delta(terms.keys[u], terms.coefs[u]), decay, w.dtype)
-        if w.dtype != jnp.float32:
-            key = bits.fold(terms.keys[u, 0, 0], jnp.uint32(1))
-            noise = partial(bits.draw, bits.rounding_pair, key, jnp.arange(shape[0], dtype=jnp.uint32), shape[1])
-            wide = lax.optimization_barrier(rounding.apply(wide, w.dtype, noise)).astype(jnp.float32)
-    if terms is not None:
-        w = wide.astype(w.dtype).reshape(w.shape)
-    if probes is None:
-        return w, None
-    members = [(wide + delta(probes.keys, row)).astype(w.dtype).reshape(w.shape) for row in probes.matrix]
-    return w, jnp.stack(members)
+        p, v = pair(terms.keys[u], terms.coefs[u])
+        # Without the barrier XLA drops the rounding for whoever reads the float32 value.
+        w = lax.optimization_barrier(
+            folded(w, p, v, None if terms.decay is None else terms.decay[u], rounding, terms.keys[u, 0, 0])
+        )
+    members = None if probes is None else [folded(w, *pair(probes.keys, row)) for row in probes.matrix]
+    return w, None if members is None else jnp.stack(members)
+
+
+def combined(keys: jax.Array, coefs: jax.Array, shape: tuple[int, int], direction: Direction) -> jax.Array:
+    """sum_k coefs[k] U_k of a matrix, float32 [rows, rank]; ``keys`` uint32 [K, 2, 2], ``coefs`` of 12 bits.
+
+    >>> from zo2jax.directions import lowrank
+    >>> combined(jnp.zeros((3, 2, 2), jnp.uint32), jnp.ones(3), (4, 5), lowrank(2)).shape
+    (4, 2)
+    """
+
+    def term(k: Any) -> jax.Array:
+        return coefs[k] * factors(direction, keys[k], shape)[0]
+
+    return lax.fori_loop(1, len(coefs), lambda k, total: total + term(k), term(0)) if len(coefs) > 1 else term(0)
+
+
+def folded(
+    w: jax.Array,
+    p: jax.Array,
+    v: jax.Array,
+    gone: jax.Array | None = None,
+    rounding: Rounding = nearest,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """W - gone W + P V^T: in float32, rounded once to W's dtype; the same bits in any program.
+
+    P float32 [rows, rank], V [columns, rank] as of `zo2jax.directions.factors`, ``gone`` float32 [] or None; ``key``
+    uint32 [2] is that of the noise that `stochastic` rounding takes.
+
+    >>> folded(jnp.ones((2, 3)), jnp.ones((2, 1)), jnp.ones((3, 1)), jnp.float32(0.5)).tolist()[0]
+    [1.5, 1.5, 1.5]
+    """
+    rows, columns = matrix_shape(w.shape)
+    gone = None if gone is None else lax.optimization_barrier(bits.cut12(gone))
+    wide = decayed(w.astype(jnp.float32).reshape(rows, columns), expand(p, v), gone, w.dtype)
+    if w.dtype != jnp.float32:
+
+        def noise() -> jax.Array:
+            assert key is not None, "stochastic rounding has a key"
+            of_rows = jnp.arange(rows, dtype=jnp.uint32)
+            return bits.draw(bits.rounding_pair, bits.fold(key, jnp.uint32(1)), of_rows, columns)
+
+        wide = rounding.apply(wide, w.dtype, noise)
+    return wide.reshape(w.shape)
 
 
 def _together(leaves: list[Any]) -> list[list[int]]:

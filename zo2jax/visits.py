@@ -6,13 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from pallas_kernels import bits
 from zo2jax.directions import Direction
+from zo2jax.factored import Beside, Factors, basis_of
 from zo2jax.models.blocks import Block, Kind, Params, block_of, kinds, set_leaf
 from zo2jax.models.layers import Batch, Cache
 from zo2jax.pages import Layout, Place
-from zo2jax.probes import Matrices, Probe
-from zo2jax.updates import Rounding, Update, move
+from zo2jax.probes import Matrices
+from zo2jax.updates import Rounding, Update, folded, move
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,9 +42,39 @@ def _stage(kind: Kind, layout: Layout, tied: tuple[tuple[str, Place], ...]) -> S
 _STATIC = ("stage", "direction", "rounding")
 
 
+def _matrices(
+    stage: Stage,
+    held: tuple[Any, Any, Any, Beside | None],
+    ids: tuple[Any, Any, Any],
+    update: Update | None,
+    probes: Any,
+    how: dict[str, Any],
+) -> tuple[Matrices | Factors, list[tuple[str, Matrices | Factors, int]]]:
+    """A block's own matrices, and all that it sees: (name, where it is, its index there)."""
+    pages, _, tied, beside = held
+    places = [place for _, place in stage.layout.matrices]
+    lent: list[Matrices | Factors]
+    own: Matrices | Factors
+    if beside is None:
+        own = Matrices(places, pages, ids[0], update, probes, **how)
+        lent = [
+            Matrices([replace(place, page=0)], [page], ids[2][i : i + 1], None, probes, **how)
+            for i, ((_, place), page) in enumerate(zip(stage.tied, tied, strict=True))
+        ]
+    else:
+        rest = beside.basis, how["direction"]
+        own = Factors(places, pages, ids[0], beside.own, update, probes, *rest)
+        lent = [
+            Factors([replace(place, page=0)], [page], ids[2][i : i + 1], [p], None, probes, *rest)
+            for i, ((_, place), page, p) in enumerate(zip(stage.tied, tied, beside.tied, strict=True))
+        ]
+    seen = [(name, own, i) for i, (name, _) in enumerate(stage.layout.matrices)]
+    return own, seen + [(name, m, 0) for (name, _), m in zip(stage.tied, lent, strict=True)]
+
+
 def _members(
     stage: Stage,
-    held: tuple[Any, Any, Any],
+    held: tuple[Any, Any, Any, Beside | None],
     ids: tuple[Any, Any, Any],
     update: Update | None,
     probes: tuple[jax.Array, jax.Array],
@@ -49,43 +82,45 @@ def _members(
     carried: Any,
     how: dict[str, Any],
 ) -> tuple[Any, tuple[Any, Any]]:
-    """``run(block, leaves, carried)`` for every member; what is carried comes and goes as [M, ...]."""
-    pages, rest, tied = held
-    rest, small = move(rest, ids[1], update, *probes, **how)
-    own = Matrices([place for _, place in stage.layout.matrices], pages, ids[0], update, probes, **how)
-    lent = [
-        Matrices([replace(place, page=0)], [page], ids[2][i : i + 1], None, probes, **how)
-        for i, ((_, place), page) in enumerate(zip(stage.tied, tied, strict=True))
-    ]
+    """``run(block, leaves, carried)`` for every member; what is carried comes and goes as [M, ...].
+
+    With it come the pages, or P of the matrices if those are only read, and the other leaves, after the update.
+    """
+    rest, small = move(held[1], ids[1], update, *probes, **how)
+    own, matrices = _matrices(stage, held, ids, update, probes, how)
     block = stage.kind.block
 
     def one(member: jax.Array, small: Any, carried: Any) -> Any:
         leaves: Params = {}
         for name, leaf in small.items():
             set_leaf(leaves, name, leaf)
-        weights = [(name, Probe(own, i, member)) for i, (name, _) in enumerate(stage.layout.matrices)]
-        weights += [(name, Probe(m, 0, member)) for (name, _), m in zip(stage.tied, lent, strict=True)]
-        for name, weight in weights:
+        for name, of, i in matrices:
+            weight = of.weight(i, member)
             set_leaf(leaves, name, weight if block.takes_weights else weight.array())
         return run(block, leaves, carried), own.settle_all()
 
     count = len(probes[1])
-    out, pages = jax.vmap(one, in_axes=(0, 0, 0), out_axes=(0, None), axis_size=count)(
+    out, changed = jax.vmap(one, in_axes=(0, 0, 0), out_axes=(0, None), axis_size=count)(
         jnp.arange(count), small, carried
     )
-    return out, (pages, rest)
+    return out, (changed, rest)
 
 
-@partial(jax.jit, static_argnames=_STATIC, donate_argnames=("pages", "rest", "carry"))
-def train(
-    stage: Stage, pages: Any, rest: Any, tied: Any, ids: Any, update: Update, probes: Any, carry: Any, batch: Batch,
-    direction: Direction, rounding: Rounding,
+def _train(
+    stage: Stage, pages: Any, rest: Any, tied: Any, beside: Beside | None, ids: Any, update: Update, probes: Any,
+    carry: Any, batch: Batch, direction: Direction, rounding: Rounding,
 ) -> Any:  # fmt: skip
-    """One block of a training sweep: ((pages, rest) after the update, the members' carries [M, ...])."""
+    """One block of a training sweep: ((pages or sums, rest) after the update, the members' carries [M, ...])."""
     how = {"direction": direction, "rounding": rounding}
     run = lambda block, leaves, carry: block.apply(leaves, carry, batch)  # noqa: E731
-    carry, held = _members(stage, (pages, rest, tied), ids, update, probes, run, carry, how)
+    carry, held = _members(stage, (pages, rest, tied, beside), ids, update, probes, run, carry, how)
     return held, carry
+
+
+train = jax.jit(_train, static_argnames=_STATIC, donate_argnames=("pages", "rest", "carry"))
+"""Of blocks whose pages take the update."""
+read = jax.jit(_train, static_argnames=_STATIC, donate_argnames=("rest", "carry"))
+"""Of blocks whose pages are only read."""
 
 
 @partial(jax.jit, static_argnames=_STATIC, donate_argnames=("pages", "rest"))
@@ -99,22 +134,55 @@ def apply(
     return Matrices(places, pages, ids[0], update, (None, None), **how).settle_all(), rest
 
 
-@partial(jax.jit, static_argnames=("stage",), donate_argnames="cache")
-def plain(stage: Stage, pages: Any, rest: Any, tied: Any, carry: Any, batch: Batch, cache: Cache | None) -> Any:
+@partial(jax.jit, static_argnames=_STATIC, donate_argnames="rest")
+def add(
+    stage: Stage, rest: Any, beside: Beside, ids: Any, update: Update, direction: Direction, rounding: Rounding
+) -> Any:
+    """What changes of a block whose pages are only read: (P of its matrices, rest) after an update."""
+    places = [place for _, place in stage.layout.matrices]
+    rest, _ = move(rest, ids[1], update, direction=direction, rounding=rounding)
+    return Factors(places, (), ids[0], beside.own, update, (None, None), beside.basis, direction).sums, rest
+
+
+@partial(jax.jit, static_argnames=_STATIC, donate_argnames="pages")
+def fold(stage: Stage, pages: Any, beside: Beside, ids: Any, direction: Direction, rounding: Rounding) -> Any:
+    """The pages with what was beside them."""
+    pages = list(pages)
+    for i, (_, place) in enumerate(stage.layout.matrices):
+        page = pages[place.page]
+        matrix = lax.slice(page, (place.offset,), (place.offset + place.size,)).reshape(place.shape)
+        v = basis_of(beside.basis, ids[0][i], place.shape, direction)
+        key = bits.fold(jax.random.key_data(beside.basis.key), ids[0][i])
+        matrix = folded(matrix, beside.own[i], v, beside.basis.gone, rounding, key)
+        pages[place.page] = lax.dynamic_update_slice(page, matrix.reshape(-1), (place.offset,))
+    return tuple(pages)
+
+
+@partial(jax.jit, static_argnames=_STATIC, donate_argnames="cache")
+def plain(
+    stage: Stage, pages: Any, rest: Any, tied: Any, beside: Beside | None, ids: Any, carry: Any, batch: Batch,
+    cache: Cache | None, direction: Direction, rounding: Rounding,
+) -> Any:  # fmt: skip
     """One block without probes: (carry, cache)."""
-    return stage.kind.block.extend(stage.leaves(pages, rest, tied), carry, batch, cache)
+    block, leaves = stage.kind.block, stage.leaves(pages, rest, tied)
+    if beside is not None:
+        how = {"direction": direction, "rounding": rounding}
+        for name, of, i in _matrices(stage, (pages, rest, tied, beside), ids, None, (None, None), how)[1]:
+            weight = of.weight(i, None)
+            set_leaf(leaves, name, weight if block.takes_weights else weight.array())
+    return block.extend(leaves, carry, batch, cache)
 
 
 @partial(jax.jit, static_argnames=_STATIC, donate_argnames="cache")
 def extend(
-    stage: Stage, pages: Any, rest: Any, tied: Any, ids: Any, probes: Any, rows: Any, cache: Cache | None,
-    direction: Direction, rounding: Rounding,
+    stage: Stage, pages: Any, rest: Any, tied: Any, beside: Beside | None, ids: Any, probes: Any, rows: Any,
+    cache: Cache | None, direction: Direction, rounding: Rounding,
 ) -> Any:  # fmt: skip
     """One block of a generating sweep: rows come member by member, [M b, ...], and go so."""
     how = {"direction": direction, "rounding": rounding}
     apart = jax.tree.map(lambda x: x.reshape(len(probes[1]), -1, *x.shape[1:]), (*rows, cache))
     run = lambda block, leaves, row: block.extend(leaves, *row)  # noqa: E731
-    done, _ = _members(stage, (pages, rest, tied), ids, None, probes, run, apart, how)
+    done, _ = _members(stage, (pages, rest, tied, beside), ids, None, probes, run, apart, how)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), done)
 
 

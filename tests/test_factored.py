@@ -1,0 +1,153 @@
+"""Low-rank directions over matrices that are only read, against an explicit computation in float64."""
+
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_stream import FAMILIES, PLANS, batches
+
+import zo2jax as zo
+from pallas_kernels.bits import cut12
+from zo2jax.directions import draw, leaf_id, lowrank
+from zo2jax.factored import Factored
+from zo2jax.models.layers import linear, lookup, vocabulary_losses
+from zo2jax.pages import flat
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+RNG = np.random.default_rng(6)
+WEIGHT_DECAY = 0.1
+
+
+def trained(model, directory, *, steps=12, refresh=5, plan=None, rank=2, copies=1, rounding=zo.stochastic, **options):
+    """(weights, losses, updates) of a run with evaluations, flushes and a step whose g is 0."""
+    estimator = zo.averaged(zo.two_point(1e-3, direction=lowrank(rank, refresh=refresh)), copies)
+    optimizer = zo.sgd(optax.linear_schedule(1e-2, 1e-3, steps), WEIGHT_DECAY)
+    losses, updates = [], []
+    how = {"directory": directory, "key": jax.random.key(5), "plan": plan, "rounding": rounding}
+    with zo.Run(model, estimator, optimizer, **how, **options) as run:
+        for t, batch in enumerate(run.remaining(list(batches(steps)))):
+            if t == 3:
+                batch = batch | {"weights": np.zeros_like(batch["weights"])}
+            info = run.step(batch)
+            losses.append(float(info.loss))
+            updates.append(info.update._replace(keys=jax.random.key_data(info.update.keys)))
+            if t in (4, 6):
+                run.evaluate([batch])
+        return {block: jax.tree.map(np.asarray, run.model.params[block]) for block in run.model.params}, losses, updates
+
+
+def explicit(model, updates, direction):
+    """theta <- theta - decay theta + sum_k c_k Z_k in NumPy float64, Z drawn as a whole."""
+    weights = {}
+    keys = jax.random.wrap_key_data(jnp.stack([update.keys for update in updates]))
+    for block, leaves in model.params.items():
+        for name, w in flat(leaves).items():
+            theta, ident = np.asarray(w, np.float64), np.uint32(leaf_id(f"{block}.{name}"))
+            one = partial(draw, direction, ident=ident, shape=w.shape)
+            zs = np.asarray(jax.vmap(jax.vmap(one))(keys), np.float64)
+            for update, z in zip(updates, zs, strict=True):
+                coefs, decay = (np.asarray(cut12(x), np.float64) for x in (update.coefs, update.decay))
+                theta = theta - (decay * theta if w.ndim > 1 else 0) + np.tensordot(coefs, z, 1)
+            weights[f"{block}.{name}"] = theta
+    return weights
+
+
+@pytest.mark.parametrize(("family", "tied", "copies"), [("opt", True, 1), ("llama", False, 3)])
+def test_a_hundred_steps_and_two_folds_are_the_explicit_computation(family, tied, copies, tmp_path):
+    model = FAMILIES[family](tied).init(jax.random.key(1))
+    moved, _, updates = trained(model, tmp_path, steps=100, refresh=40, copies=copies)
+    expected = explicit(model, updates, lowrank(2, refresh=40))
+    assert expected.keys() == {f"{block}.{name}" for block in moved for name in flat(moved[block])}
+    for name, theta in expected.items():
+        block = max((b for b in moved if name.startswith(b + ".")), key=len)
+        ours, start = (flat(tree[block])[name[len(block) + 1 :]] for tree in (moved, model.params))
+        distance = np.abs(theta - np.asarray(start, np.float64)).max()
+        assert distance > 1e-3, name
+        np.testing.assert_allclose(ours, theta, atol=2e-5 * distance, rtol=2e-6, err_msg=name)
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "dtype", "plan"),
+    [("llama", True, "bfloat16", "mixed"), ("opt", False, "float32", "disk"), ("qwen3", True, "bfloat16", "host deep")],
+)
+def test_tiers_change_no_bit(family, tied, dtype, plan, tmp_path):
+    """Nor does a run that stops within a period, and goes on in another tier."""
+    model = FAMILIES[family](tied).init(jax.random.key(1), dtype)
+    weights, losses, updates = trained(model, tmp_path / "device")
+    assert np.isfinite(losses).all() and float(updates[3].coefs[0]) == 0 != float(updates[4].coefs[0])
+    there = trained(model, tmp_path / plan, plan=PLANS[plan])
+    same((weights, losses, updates), there)
+    assert any(
+        (w != w0).mean() > 0.3 for w, w0 in zip(*map(jax.tree.leaves, (weights, dict(model.params))), strict=True)
+    )
+
+
+@pytest.mark.parametrize("stop", [4, 5, 6])
+def test_a_run_that_stops_around_a_fold_goes_on_with_the_same_bits(stop, tmp_path):
+    model = FAMILIES["llama"](True).init(jax.random.key(1), "bfloat16")
+    estimator = zo.two_point(1e-3, direction=lowrank(2, refresh=5))
+
+    def run(directory, plan=None):
+        return zo.Run(model, estimator, zo.sgd(1e-2, 0.1), directory=directory, key=jax.random.key(5), plan=plan)
+
+    with run(tmp_path / "whole") as whole:
+        for batch in batches(8):
+            whole.step(batch)
+        expected = {block: jax.tree.map(np.asarray, whole.model.params[block]) for block in whole.model.params}
+    with run(tmp_path / "parts", PLANS["host"]) as first:
+        for batch in itertools.islice(batches(8), stop):
+            first.step(batch)
+            first.flush()
+        first.save()
+        first.step(next(batches(1)))  # not saved
+    with run(tmp_path / "parts") as second:
+        for batch in second.remaining(list(batches(8))):
+            second.step(batch)
+        same(expected, {block: jax.tree.map(np.asarray, second.model.params[block]) for block in expected})
+
+
+def test_losses_are_those_of_the_definition(tmp_path):
+    model = FAMILIES["llama"](True).init(jax.random.key(1))
+    estimator = zo.two_point(1e-3, direction=lowrank(2, refresh=4))
+    _, losses, updates = trained(model, tmp_path, steps=10, refresh=4)
+    algorithm = zo.mezo(model.loss, estimator, zo.sgd(1e-2))
+    state = algorithm.init(model.params, jax.random.key(5))
+    step = jax.jit(algorithm.step)
+    for t, (batch, update) in enumerate(zip(batches(10), updates, strict=True)):
+        if t != 3:
+            np.testing.assert_allclose(losses[t], step(state, batch)[1].loss, rtol=1e-6)
+        update = update._replace(keys=jax.random.wrap_key_data(update.keys))
+        params = zo.apply_update(state.params, update, state.leaf_ids, direction=estimator.direction)
+        state = state._replace(params=params, step=state.step + 1)
+
+
+def test_a_factored_weight_is_its_matrix():
+    """Products, rows and slabs, for members together, beside the matrix in float64."""
+    w, f, v = (RNG.normal(size=s).astype(np.float32) for s in ((700, 24), (3, 700, 2), (24, 2)))
+    v = np.asarray(jax.lax.reduce_precision(v, 8, 7))
+    x, ids = RNG.normal(size=(3, 2, 5, 24)).astype(np.float32), RNG.integers(0, 700, (2, 5))
+
+    def one(f, x):
+        weight = Factored(jnp.asarray(w), jnp.float32(0.75), f, jnp.asarray(v))
+        return linear(x, weight), lookup(weight, ids), vocabulary_losses(x, weight, None, ids), weight.array()
+
+    given = jax.jit(jax.vmap(one))(f, x)
+    matrices = 0.75 * w.astype(np.float64) + np.einsum("mnr,kr->mnk", f.astype(np.float64), v)
+    logits = np.einsum("mbtk,mnk->mbtn", x, matrices)
+    largest = logits.max(-1, keepdims=True)
+    losses = np.log(np.exp(logits - largest).sum(-1)) + largest[..., 0]
+    losses -= np.take_along_axis(logits, np.broadcast_to(ids, (3, 2, 5))[..., None], -1)[..., 0]
+    for ours, expected in zip(given, (logits, matrices[:, ids], losses, matrices), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=2e-5)
+    lines = jax.jit(jax.vmap(lambda f, x: one(f, x)[0])).lower(f, x).as_text().splitlines()
+    products = [line for line in lines if "dot_general" in line and "tensor<700x24xf32>" in line]
+    assert len(products) == 1 and "tensor<3x2x5x24xf32>" in products[0], "members share one product"

@@ -1,0 +1,232 @@
+"""Matrices that are only read: what low-rank directions change of them stays beside them, as factors.
+
+With W as it was at the last fold, P [n_out, rank] the sum of all updates since, and s what weight decay left of W,
+
+    y_m = s (x_m W^T) + (x_m V) (P + sum_k C[m, k] U_k)^T
+
+is the product by a member's matrix: all members share the product with W, which is never perturbed nor written back.
+A fold, W <- s W + P V^T, makes room for another V. (LOZO, arXiv 2410.07698, section 3.2, moves W at every step.)
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels import bits
+from pallas_kernels.reference import decayed
+from zo2jax.directions import Direction, expand, factors, matrix_shape
+from zo2jax.models.blocks import Params, set_leaf
+from zo2jax.models.layers import product
+from zo2jax.pages import Layout, Place, flat
+from zo2jax.updates import Update, by_leaf, combined, folded
+
+BESIDE = ".beside"
+"""What a checkpoint adds to the name of a block, for what is beside its matrices."""
+
+
+class Basis(NamedTuple):
+    """What the matrices of a model share between two folds.
+
+    >>> Basis(jax.random.key(0), jnp.float32(0))._fields
+    ('key', 'gone')
+    """
+
+    key: jax.Array
+    """Typed PRNG key [], of V: the second one of each pair of `zo2jax.directions.step_keys`."""
+    gone: jax.Array
+    """float32 [], 1 - s: the fraction of W that went."""
+
+
+class Beside(NamedTuple):
+    """What a visit is given beside the pages of a block.
+
+    >>> Beside((), (), Basis(jax.random.key(0), jnp.float32(0))).own
+    ()
+    """
+
+    own: tuple[jax.Array, ...]
+    """P of the block's matrices, float32 [n_out, rank] each."""
+    tied: tuple[jax.Array, ...]
+    """P of those that it shares."""
+    basis: Basis
+
+
+class Factored:
+    """The matrix s W + F V^T of one member, a `zo2jax.models.layers.Weight`; under vmap over members, of all of them.
+
+    Args:
+        matrix: W [n_out, n_in].
+        scale: s, float32 [].
+        f: float32 [n_out, rank]: P, and the member's probe.
+        v: float32 [n_in, rank], of 8 significant bits.
+
+    >>> w = Factored(jnp.eye(2), jnp.float32(1), jnp.array([[0.5], [0.0]]), jnp.ones((2, 1)))
+    >>> w.product(jnp.ones((1, 2)), jnp.float32).tolist()
+    [[2.0, 1.0]]
+    """
+
+    def __init__(self, matrix: jax.Array, scale: jax.Array, f: jax.Array, v: jax.Array):
+        """Computes nothing yet."""
+        self._matrix, self._scale, self._f, self._v = matrix, scale, f, v
+        self.shape, self.dtype = matrix.shape, matrix.dtype
+
+    def __getitem__(self, key: Any) -> "Factored":
+        """Itself: Flax variables are read as ``variable[...]``."""
+        return self
+
+    def product(self, x: jax.Array, dtype: Any) -> jax.Array:
+        """X [..., n_in] -> x by the transposed matrix, in ``dtype``."""
+        x, matrix = lax.optimization_barrier((x, self._matrix))  # as in `zo2jax.probes.Matrices.product`
+        along = product(x, self._v.T.astype(x.dtype), jnp.float32)
+        y = self._scale * product(x, matrix, dtype).astype(jnp.float32)
+        for j in range(self._v.shape[1]):  # a sum that becomes part of what reads y, not one more product
+            y = y + along[..., j, None] * self._f[:, j]
+        return y.astype(dtype)
+
+    def array(self) -> jax.Array:
+        """The matrix itself, for modules that know no `Weight`."""
+        wide = self._scale * self._matrix.astype(jnp.float32).reshape(matrix_shape(self.shape))
+        return (wide + expand(self._f, self._v)).astype(self.dtype).reshape(self.shape)
+
+    def rows(self, ids: jax.Array) -> jax.Array:
+        """The rows of these indices, float32 [*ids.shape, n_in]."""
+        found = self._scale * self._matrix[ids].astype(jnp.float32)
+        for j in range(self._v.shape[1]):
+            found = found + self._f[ids, j][..., None] * self._v[:, j]
+        return found
+
+    def slabs(self) -> Callable[[jax.Array, int], "Factored"]:
+        """Rows as matrices of their own."""
+
+        def cut(start: jax.Array, count: int) -> Factored:
+            matrix, f = (lax.dynamic_slice_in_dim(x, start, count) for x in (self._matrix, self._f))
+            return Factored(matrix, self._scale, f, self._v)
+
+        return cut
+
+
+class Factors:
+    """The matrices of a block that are only read, each with its factors. Lives while a visit is traced.
+
+    Args:
+        places: of the matrices.
+        pages: [length] arrays.
+        ids: uint32 [matrices], the leaf ids.
+        sums: P of each matrix, before the update.
+        update: or None.
+        probes: (keys, matrix) as in `zo2jax.updates.move`.
+        basis: with what is gone after the update.
+        direction: one with a rank.
+    """
+
+    def __init__(
+        self,
+        places: Sequence[Place],
+        pages: Sequence[jax.Array],
+        ids: jax.Array,
+        sums: Sequence[jax.Array],
+        update: Update | None,
+        probes: tuple[jax.Array | None, jax.Array | None],
+        basis: Basis,
+        direction: Direction,
+    ):
+        """Adds the update to the sums."""
+        self._places, self._pages, self._direction = places, pages, direction
+        self._scale = 1 - bits.cut12(basis.gone)
+        terms, self._probes = by_leaf(ids, update, *probes) if places else (None, None)
+        self.sums = tuple(sums)
+        if terms is not None:
+            assert terms.decay is not None
+            added = [self._combined(i, terms.keys[i, 0], terms.coefs[i, 0]) for i in range(len(places))]
+            self.sums = tuple(
+                decayed(p, delta, lax.optimization_barrier(terms.decay[i, 0]), jnp.float32)
+                for i, (p, delta) in enumerate(zip(sums, added, strict=True))
+            )
+        self._basis, self._ids = basis, ids
+
+    def _combined(self, index: int, keys: jax.Array, coefs: jax.Array) -> jax.Array:
+        return combined(keys, coefs, matrix_shape(self._places[index].shape), self._direction)
+
+    def weight(self, index: int, member: jax.Array | None) -> Factored:
+        """A member's matrix; the one without a probe if ``member`` is None."""
+        place = self._places[index]
+        page = self._pages[place.page]
+        matrix = lax.slice(page, (place.offset,), (place.offset + place.size,)).reshape(place.shape)
+        f = self.sums[index]
+        if member is not None:
+            assert self._probes is not None
+            f = f + self._combined(index, self._probes.keys[index], self._probes.matrix[index][member])
+        v = basis_of(self._basis, self._ids[index], place.shape, self._direction)
+        return Factored(matrix, self._scale, f, v)
+
+    def settle_all(self) -> tuple[jax.Array, ...]:
+        """P of each matrix, with the update."""
+        return self.sums
+
+
+@jax.jit
+def after(basis: Basis, update: Update) -> Basis:
+    """What is gone after an update: s <- s - decay s.
+
+    >>> update = Update(jax.random.split(jax.random.key(0), (1, 2)), jnp.zeros(1), jnp.float32(0.25))
+    >>> float(after(after(Basis(jax.random.key(0), jnp.float32(0)), update), update).gone)
+    0.4375
+    """
+    decay = bits.cut12(update.decay)
+    return basis._replace(gone=basis.gone + (decay - lax.optimization_barrier(decay * basis.gone)))
+
+
+@partial(jax.jit, static_argnames=("shape", "direction"))
+def basis_of(basis: Basis, ident: jax.Array, shape: tuple[int, ...], direction: Direction) -> jax.Array:
+    """V of a leaf of this shape: float32 [n_in, rank].
+
+    >>> from zo2jax.directions import lowrank
+    >>> basis_of(Basis(jax.random.key(0), jnp.float32(0)), jnp.uint32(1), (4, 3), lowrank(2)).shape
+    (3, 2)
+    """
+    key = bits.fold(jax.random.key_data(basis.key), jnp.asarray(ident))
+    return factors(direction, jnp.stack([key, key]), matrix_shape(shape))[1]
+
+
+@jax.jit
+def merged(w: jax.Array, p: jax.Array, v: jax.Array, gone: jax.Array) -> jax.Array:
+    """A matrix with what is beside it, rounded to nearest: a copy to look at or to export.
+
+    >>> merged(jnp.ones((2, 3)), jnp.zeros((2, 4)), jnp.ones((3, 4)), jnp.float32(0.5)).tolist()[0]
+    [0.5, 0.5, 0.5]
+    """
+    return folded(jnp.asarray(w), jnp.asarray(p), jnp.asarray(v), jnp.asarray(gone))
+
+
+def merge(leaves: Params, beside: Params) -> Params:
+    """The leaves of a block, of which what is beside them (`zo2jax.stream.Stream.beside`) is a part.
+
+    >>> beside = {"p": {"w": jnp.ones((2, 1))}, "v": {"w": jnp.ones((3, 1))}, "gone": jnp.float32(0)}
+    >>> merge({"w": jnp.ones((2, 3)), "b": 0}, beside)["w"].tolist()[0]
+    [2.0, 2.0, 2.0]
+    """
+    out = jax.tree.map(lambda x: x, leaves)
+    for name, p in flat(beside.get("p", {})).items():
+        w, v = (flat(tree)[name] for tree in (leaves, beside["v"]))
+        moved = merged(w, p, v, beside["gone"])
+        set_leaf(out, name, np.asarray(moved) if isinstance(w, np.ndarray) else moved)
+    return out
+
+
+def shapes_beside(shapes: Params, rank: int) -> Params:
+    """What `zo2jax.stream.Stream.beside` gives for leaves of these shapes, as ``jax.ShapeDtypeStruct``.
+
+    >>> shapes_beside({"w": jnp.ones((2, 3)), "b": jnp.ones(2)}, 4)["v"]["w"].shape
+    (3, 4)
+    """
+    places = [(name, matrix_shape(place.shape)) for name, place in Layout.of(shapes).matrices]
+    found: Params = {"p": {}, "v": {}, "gone": jax.ShapeDtypeStruct((), jnp.float32)} if places else {}
+    for name, sizes in places:
+        for part, n in zip(("p", "v"), sizes, strict=True):
+            set_leaf(found[part], name, jax.ShapeDtypeStruct((n, rank), jnp.float32))
+    return found
