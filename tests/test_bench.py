@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import statistics
 import sys
 from dataclasses import replace
 
@@ -140,6 +141,15 @@ def test_throughput_prints_a_table_and_writes_all_numbers(tmp_path, capsys, in_t
     assert "step / floor" in (out := capsys.readouterr().out) and "zo2" not in out.replace("zo2jax", "")
 
 
+def test_a_factored_step_is_averaged_over_a_period():
+    setting = replace(TINY, mode="factored", refresh=50)
+    found = measure(setting, rates=False)
+    assert found["up_gib"] > found["down_gib"] == 0 and len(found["times_ms"]) == 7
+    plain = statistics.median(found["times_ms"][:-1])
+    assert found["plain_ms"] == plain and found["fold_ms"] == found["times_ms"][-1] - plain
+    assert found["ms"] == pytest.approx((49 * plain + found["times_ms"][-1]) / 50)
+
+
 def test_a_budget_is_left_to_the_plan(monkeypatch):
     asked_for = {}
 
@@ -158,7 +168,7 @@ def test_a_budget_is_left_to_the_plan(monkeypatch):
     ("changes", "message"),
     [
         ({"model": "opt-1b"}, "model is 'opt-1b', expected one of llama-7b, opt-1.3b"),
-        ({"mode": "factored"}, "mode is 'factored', expected one of dense"),
+        ({"mode": "sparse"}, "mode is 'sparse', expected one of dense, factored"),
         ({"tier": "tape"}, "tier is 'tape', expected one of device, host, disk"),
         ({"steps": 0}, "steps is 0, expected 1 or more"),
         ({"layers": 0}, "layers is 0, expected 1 or more"),
@@ -173,8 +183,8 @@ def test_settings_that_are_refused(changes, message):
 
 def test_the_mode_is_checked_by_the_command_line(capsys):
     with pytest.raises(SystemExit):
-        arguments("throughput", "--model", "opt-tiny", "--mode", "factored")
-    assert "invalid choice: 'factored'" in capsys.readouterr().err
+        arguments("throughput", "--model", "opt-tiny", "--mode", "sparse")
+    assert "invalid choice: 'sparse'" in capsys.readouterr().err
 
 
 def test_too_many_tokens_are_refused():

@@ -16,6 +16,7 @@ from zo2jax.directions import draw, leaf_id, lowrank
 from zo2jax.factored import Factored
 from zo2jax.models.layers import linear, lookup, vocabulary_losses
 from zo2jax.pages import flat
+from zo2jax.updates import folded, joined, residual, split
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -57,10 +58,9 @@ def explicit(model, updates, direction):
     return weights
 
 
-@pytest.mark.parametrize(("family", "tied", "copies"), [("opt", True, 1), ("llama", False, 3)])
-def test_a_hundred_steps_and_two_folds_are_the_explicit_computation(family, tied, copies, tmp_path):
-    model = FAMILIES[family](tied).init(jax.random.key(1))
-    moved, _, updates = trained(model, tmp_path, steps=100, refresh=40, copies=copies)
+def test_a_hundred_steps_and_two_folds_are_the_explicit_computation(tmp_path):
+    model = FAMILIES["opt"](True).init(jax.random.key(1))
+    moved, _, updates = trained(model, tmp_path, steps=100, refresh=40, copies=2)
     expected = explicit(model, updates, lowrank(2, refresh=40))
     assert expected.keys() == {f"{block}.{name}" for block in moved for name in flat(moved[block])}
     for name, theta in expected.items():
@@ -76,28 +76,32 @@ def same(a, b):
 
 
 @pytest.mark.parametrize(
-    ("family", "tied", "dtype", "plan"),
-    [("llama", True, "bfloat16", "mixed"), ("opt", False, "float32", "disk"), ("qwen3", True, "bfloat16", "host deep")],
+    ("family", "tied", "dtype", "plan", "rounding"),
+    [
+        ("llama", True, "bfloat16", "mixed", residual),
+        ("opt", False, "float32", "disk", zo.stochastic),
+        ("qwen3", True, "bfloat16", "host deep", zo.stochastic),
+    ],
 )
-def test_tiers_change_no_bit(family, tied, dtype, plan, tmp_path):
-    """Nor does a run that stops within a period, and goes on in another tier."""
+def test_tiers_change_no_bit(family, tied, dtype, plan, rounding, tmp_path):
     model = FAMILIES[family](tied).init(jax.random.key(1), dtype)
-    weights, losses, updates = trained(model, tmp_path / "device")
+    weights, losses, updates = trained(model, tmp_path / "device", rounding=rounding)
     assert np.isfinite(losses).all() and float(updates[3].coefs[0]) == 0 != float(updates[4].coefs[0])
-    there = trained(model, tmp_path / plan, plan=PLANS[plan])
+    there = trained(model, tmp_path / plan, plan=PLANS[plan], rounding=rounding)
     same((weights, losses, updates), there)
     assert any(
         (w != w0).mean() > 0.3 for w, w0 in zip(*map(jax.tree.leaves, (weights, dict(model.params))), strict=True)
     )
 
 
-@pytest.mark.parametrize("stop", [4, 5, 6])
-def test_a_run_that_stops_around_a_fold_goes_on_with_the_same_bits(stop, tmp_path):
+@pytest.mark.parametrize(("stop", "rounding"), [(4, residual), (5, zo.stochastic), (6, residual)])
+def test_a_run_that_stops_around_a_fold_goes_on_with_the_same_bits(stop, rounding, tmp_path):
     model = FAMILIES["llama"](True).init(jax.random.key(1), "bfloat16")
     estimator = zo.two_point(1e-3, direction=lowrank(2, refresh=5))
 
     def run(directory, plan=None):
-        return zo.Run(model, estimator, zo.sgd(1e-2, 0.1), directory=directory, key=jax.random.key(5), plan=plan)
+        how = {"directory": directory, "key": jax.random.key(5), "plan": plan, "rounding": rounding}
+        return zo.Run(model, estimator, zo.sgd(1e-2, 0.1), **how)
 
     with run(tmp_path / "whole") as whole:
         for batch in batches(8):
@@ -151,3 +155,45 @@ def test_a_factored_weight_is_its_matrix():
     lines = jax.jit(jax.vmap(lambda f, x: one(f, x)[0])).lower(f, x).as_text().splitlines()
     products = [line for line in lines if "dot_general" in line and "tensor<700x24xf32>" in line]
     assert len(products) == 1 and "tensor<3x2x5x24xf32>" in products[0], "members share one product"
+
+
+def test_residuals_are_exact():
+    x = np.concatenate([RNG.normal(size=1000), 2.0 ** RNG.integers(-100, 100, 1000), [0.0, -0.0, 1e-38]])
+    high, low = split(jnp.asarray(x, jnp.float32))
+    np.testing.assert_array_equal(joined(high, low), x.astype(np.float32))
+    np.testing.assert_allclose(high.astype(np.float32), x, rtol=2.0**-8)
+
+
+@pytest.mark.parametrize(
+    ("rounding", "arriving", "noise"),
+    [(residual, (0.999, 1.001), 0.01), (zo.stochastic, (0.99, 1.01), 0.2), (zo.nearest, (0.9, 0.99), 0.3)],
+)
+def test_what_arrives_of_small_updates(rounding, arriving, noise):
+    """2000 steps of 2e-6 in one direction into bfloat16 weights ~ N(0, 0.02), folded every 50."""
+    shape = (256, 192)
+    u, v = (RNG.normal(size=(n, 4)).astype(np.float32) / 2**0.5 for n in shape)
+    v = np.asarray(jax.lax.reduce_precision(v, 8, 7))
+    w = start = jnp.asarray(0.02 * RNG.normal(size=shape), jnp.bfloat16)
+    low = jnp.zeros(shape, jnp.int16)
+
+    @jax.jit
+    def fold(w, low, key):
+        if rounding != residual:
+            return folded(w, 50 * 2e-6 * u, v, None, rounding, key), low
+        return split(folded(joined(w, low), 50 * 2e-6 * u, v))
+
+    for t in range(40):
+        w, low = fold(w, low, jnp.array([t, 7], jnp.uint32))
+    moved = np.asarray(joined(w, low) if rounding == residual else w, np.float64) - np.asarray(start, np.float64)
+    target = 2000 * 2e-6 * (u.astype(np.float64) @ v.T)
+    part = (moved * target).sum() / (target**2).sum()
+    assert arriving[0] <= part <= arriving[1]
+    assert np.sqrt(np.mean((moved - target) ** 2) / np.mean(target**2)) < noise
+
+
+def test_residual_rounding_is_for_low_rank_directions(tmp_path):
+    model = FAMILIES["llama"](True).init(jax.random.key(1))
+    with pytest.raises(ValueError, match=r"rounding is residual: expected it with zo2jax\.lowrank, not with normal"):
+        zo.Run(model, zo.two_point(1e-3), zo.sgd(1e-3), directory=tmp_path, key=jax.random.key(5), rounding=residual)
+    with pytest.raises(ValueError, match=r"rounding is residual, which zo2jax\.Run keeps"):
+        zo.mezo(model.loss, zo.two_point(1e-3), zo.sgd(1e-3), rounding=residual)

@@ -22,7 +22,7 @@ LAYERS = [
     {"mezo"},
     {"models"},
     {"pages"},
-    {"probes", "stores", "plan"},
+    {"probes", "factored", "link", "stores", "plan"},
     {"visits"},
     {"stream", "objectives", "metrics"},
     {"checkpoint", "run"},

@@ -303,10 +303,3 @@ def test_export_holds_the_trained_weights(setting, tmp_path):
 def test_metrics_of_no_run(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no metrics\.jsonl"):
         read_metrics(tmp_path)
-
-
-def test_low_rank_directions_are_refused(setting, tmp_path):
-    estimator = zo.two_point(1e-3, direction=zo.lowrank())
-    with pytest.raises(ValueError, match=r"direction is lowrank\(2, refresh=50\): expected a dense one"):
-        zo.Run(setting[0], estimator, zo.sgd(1e-3), directory=tmp_path, key=jax.random.key(7))
-    assert not list(tmp_path.iterdir())

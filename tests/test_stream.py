@@ -16,13 +16,13 @@ import optax
 import pytest
 
 import zo2jax as zo
+from zo2jax.link import StoreError
 from zo2jax.metrics import read_metrics
 from zo2jax.models.llama import LlamaConfig
 from zo2jax.models.opt import OptConfig
 from zo2jax.models.qwen3 import Qwen3Config
 from zo2jax.pages import Layout
 from zo2jax.plan import Plan
-from zo2jax.stores import StoreError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -173,7 +173,7 @@ def test_a_run_goes_on_in_another_tier_without_its_page_files(tmp_path):
 
 
 def test_too_little_host_memory_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("zo2jax.stores.available_memory", lambda: 1000)
+    monkeypatch.setattr("zo2jax.link.available_memory", lambda: 1000)
     with pytest.raises(StoreError, match=r"6 blocks need .* GiB of host memory, and 0.0 GiB are free"):
         trained(FAMILIES["llama"](False).init(jax.random.key(1)), tmp_path, PLANS["host"])
 

@@ -3,10 +3,11 @@
 import contextlib
 import dataclasses
 import inspect
+import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from zo2jax.metrics import write_atomically
 from zo2jax.mezo import State
 from zo2jax.models.blocks import Params
 
@@ -316,3 +318,34 @@ def _differences(block: str, like: Params, found: Params) -> list[str]:
         for leaf in sorted(there.keys() | expected.keys())
         if there.get(leaf) != expected.get(leaf)
     ]
+
+
+def write_once(path: Path, config: Mapping[str, Any], may_grow: Sequence[str]) -> None:
+    """Writes a run's config.json, or compares it with the one that is there.
+
+    Raises:
+        ValueError: if they differ, naming the keys; those in ``may_grow`` may become larger.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_once(Path(folder, "config.json"), {"steps": 5}, ["steps"])
+    ...     write_once(Path(folder, "config.json"), {"steps": 9}, ["steps"])
+    ...     json.loads(Path(folder, "config.json").read_text())
+    {'steps': 9}
+    """
+    config = json.loads(json.dumps(config))
+    if path.is_file():
+        try:
+            known = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is not JSON ({error}): the run cannot be continued") from error
+        keys = sorted(known.keys() | config.keys())
+        differing = [k for k in keys if known.get(k) != config.get(k) and k not in may_grow]
+        differing += [k for k in may_grow if k in known and k in config and config[k] < known[k]]
+        if differing:
+            lines = "; ".join(f"{k}: {known.get(k)!r} there, {config.get(k)!r} now" for k in differing)
+            raise ValueError(
+                f"{path.parent} holds a run with another config ({lines}). Only {' and '.join(may_grow) or 'nothing'} "
+                "may grow: use the old values, or another directory"
+            )
+    write_atomically(path, json.dumps(config, indent=1) + "\n")

@@ -14,15 +14,15 @@ from typing import Any, Literal, get_args, get_type_hints
 import optax
 import tyro
 
-from zo2jax.directions import Direction, normal, rademacher
+from zo2jax.directions import Direction, lowrank, normal, rademacher
 from zo2jax.estimators import Estimator, averaged, two_point
 from zo2jax.models.model import Model
 from zo2jax.optimizers import Optimizer, sgd
 from zo2jax.plan import Plan, parse_size, plan
-from zo2jax.updates import Rounding, nearest, stochastic
+from zo2jax.updates import Rounding, nearest, residual, stochastic
 
 _DIRECTIONS: dict[str, Direction] = {"normal": normal, "rademacher": rademacher}
-_ROUNDINGS: dict[str, Rounding] = {"nearest": nearest, "stochastic": stochastic}
+_ROUNDINGS: dict[str, Rounding] = {"nearest": nearest, "stochastic": stochastic, "residual": residual}
 
 
 class ConfigError(ValueError):
@@ -83,13 +83,18 @@ class Config:
     """Bound on |projected gradient|; 0 for none."""
     eps: float = 1e-3
     """Perturbation scale."""
-    direction: Literal["normal", "rademacher"] = "normal"
+    direction: Literal["normal", "rademacher", "lowrank"] = "normal"
+    """Of the perturbations; with "lowrank" matrices are only read but for a fold every ``refresh`` steps."""
+    rank: int = 2
+    """Of low-rank directions."""
+    refresh: int = 50
+    """Steps for which low-rank directions keep one factor."""
     directions: int = 1
     """Directions a step, averaged; each costs two forward passes."""
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""
     """Of the matrices; empty keeps the checkpoint's."""
-    rounding: Literal["stochastic", "nearest"] = "stochastic"
-    """Of updates to 16-bit matrices."""
+    rounding: Literal["stochastic", "nearest", "residual"] = "stochastic"
+    """Of updates to 16-bit matrices; "residual" is exact, for low-rank directions."""
     held_out: float = 0.1
     """Fraction of the text that is kept for evaluation."""
     eval_every: int = 500
@@ -117,6 +122,11 @@ class Config:
         for name in (*counts, "train_examples", "dev_examples", "eval_examples"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected an integer of at least 1")
+        if self.direction == "lowrank":
+            try:
+                lowrank(self.rank, refresh=self.refresh)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
         for name in ("demonstrations", "prefetch"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected an integer of at least 0")
@@ -138,7 +148,8 @@ class Config:
 
     def make_estimator(self) -> Estimator:
         """The estimator that the config describes."""
-        one = two_point(self.eps, direction=_DIRECTIONS[self.direction])
+        direction = _DIRECTIONS.get(self.direction) or lowrank(self.rank, refresh=self.refresh)
+        one = two_point(self.eps, direction=direction)
         return one if self.directions == 1 else averaged(one, self.directions)
 
     def make_optimizer(self) -> Optimizer:
@@ -172,7 +183,8 @@ class Config:
     def as_json(self) -> dict[str, Any]:
         """What config.json holds: every field but those that change no weights; local paths are absolute."""
         values = asdict(self)
-        neutral = ("directory", "tensorboard", "eval_examples", "demonstrations", "scoring")
+        neutral: tuple[str, ...] = ("directory", "tensorboard", "eval_examples", "demonstrations", "scoring")
+        neutral += () if self.direction == "lowrank" else ("rank", "refresh")
         for name in (*neutral, "tier", "device_memory", "prefetch"):
             del values[name]
         values |= {name: _absolute(values[name]) for name in ("model", "task", "validation")}

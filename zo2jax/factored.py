@@ -23,7 +23,7 @@ from zo2jax.directions import Direction, expand, factors, matrix_shape
 from zo2jax.models.blocks import Params, set_leaf
 from zo2jax.models.layers import product
 from zo2jax.pages import Layout, Place, flat
-from zo2jax.updates import Update, by_leaf, combined, folded
+from zo2jax.updates import Rounding, Update, by_leaf, combined, folded, joined, residual
 
 BESIDE = ".beside"
 """What a checkpoint adds to the name of a block, for what is beside its matrices."""
@@ -194,13 +194,14 @@ def basis_of(basis: Basis, ident: jax.Array, shape: tuple[int, ...], direction: 
 
 
 @jax.jit
-def merged(w: jax.Array, p: jax.Array, v: jax.Array, gone: jax.Array) -> jax.Array:
+def merged(w: jax.Array, p: jax.Array, v: jax.Array, gone: jax.Array, low: jax.Array | None = None) -> jax.Array:
     """A matrix with what is beside it, rounded to nearest: a copy to look at or to export.
 
     >>> merged(jnp.ones((2, 3)), jnp.zeros((2, 4)), jnp.ones((3, 4)), jnp.float32(0.5)).tolist()[0]
     [0.5, 0.5, 0.5]
     """
-    return folded(jnp.asarray(w), jnp.asarray(p), jnp.asarray(v), jnp.asarray(gone))
+    w, p, v, gone = (jnp.asarray(x) for x in (w, p, v, gone))
+    return folded(w if low is None else joined(w, jnp.asarray(low)), p, v, gone).astype(w.dtype)
 
 
 def merge(leaves: Params, beside: Params) -> Params:
@@ -210,23 +211,27 @@ def merge(leaves: Params, beside: Params) -> Params:
     >>> merge({"w": jnp.ones((2, 3)), "b": 0}, beside)["w"].tolist()[0]
     [2.0, 2.0, 2.0]
     """
-    out = jax.tree.map(lambda x: x, leaves)
+    out, lows = jax.tree.map(lambda x: x, leaves), flat(beside.get("low", {}))
     for name, p in flat(beside.get("p", {})).items():
         w, v = (flat(tree)[name] for tree in (leaves, beside["v"]))
-        moved = merged(w, p, v, beside["gone"])
+        moved = merged(w, p, v, beside["gone"], lows.get(name))
         set_leaf(out, name, np.asarray(moved) if isinstance(w, np.ndarray) else moved)
     return out
 
 
-def shapes_beside(shapes: Params, rank: int) -> Params:
+def shapes_beside(shapes: Params, rank: int, rounding: Rounding) -> Params:
     """What `zo2jax.stream.Stream.beside` gives for leaves of these shapes, as ``jax.ShapeDtypeStruct``.
 
-    >>> shapes_beside({"w": jnp.ones((2, 3)), "b": jnp.ones(2)}, 4)["v"]["w"].shape
+    >>> from zo2jax.updates import nearest
+    >>> shapes_beside({"w": jnp.ones((2, 3)), "b": jnp.ones(2)}, 4, nearest)["v"]["w"].shape
     (3, 4)
     """
-    places = [(name, matrix_shape(place.shape)) for name, place in Layout.of(shapes).matrices]
+    layout = Layout.of(shapes)
+    places = [(name, matrix_shape(place.shape)) for name, place in layout.matrices]
     found: Params = {"p": {}, "v": {}, "gone": jax.ShapeDtypeStruct((), jnp.float32)} if places else {}
     for name, sizes in places:
         for part, n in zip(("p", "v"), sizes, strict=True):
             set_leaf(found[part], name, jax.ShapeDtypeStruct((n, rank), jnp.float32))
+    for name, place in layout.residuals().matrices if rounding == residual else ():
+        set_leaf(found.setdefault("low", {}), name, jax.ShapeDtypeStruct(place.shape, jnp.int16))
     return found

@@ -11,7 +11,7 @@ from pallas_kernels.bits import cut12
 from zo2jax.directions import PyTree, check_key, leaf_ids, step_keys
 from zo2jax.estimators import Estimator
 from zo2jax.optimizers import Optimizer, as_optimizer
-from zo2jax.updates import Rounding, Update, apply_update, perturb, stochastic
+from zo2jax.updates import Rounding, Update, apply_update, perturb, residual, stochastic
 
 LossFn = Callable[[PyTree, Any], jax.Array]
 
@@ -115,8 +115,8 @@ def mezo(loss_fn: LossFn, estimator: Estimator, optimizer: Any, *, rounding: Rou
         rounding: how updates of 16-bit leaves are rounded, `stochastic` or `nearest`.
 
     Raises:
-        ValueError: at construction for an optimizer that does not commute with z; by ``init`` for a key that is
-            not threefry and for two leaves that would share noise.
+        ValueError: at construction for an optimizer that does not commute with z, or `residual` rounding; by ``init``
+            for a key that is not threefry and for two leaves that would share noise.
         TypeError: by ``init`` for leaves of another dtype than float32, bfloat16, float16; by ``step`` for a
             loss that is not a float32 scalar.
 
@@ -129,6 +129,8 @@ def mezo(loss_fn: LossFn, estimator: Estimator, optimizer: Any, *, rounding: Rou
     True
     """
     transform = as_optimizer(optimizer)
+    if rounding == residual:
+        raise ValueError(f"rounding is {rounding}, which zo2jax.Run keeps: expected stochastic or nearest")
     indices, values = estimator.sparse_probes()
 
     def init(params: PyTree, key: jax.Array) -> State:

@@ -68,6 +68,17 @@ class Layout:
             lengths[dtype] = offset + -(-math.prod(leaf.shape) // ALIGNMENT) * ALIGNMENT
         return cls(tuple(matrices), tuple(lengths.items()), tuple(rest))
 
+    def residuals(self) -> "Layout":
+        """That of the int16 beside each bfloat16 element (`zo2jax.updates.residual`), place for place.
+
+        >>> layout = Layout.of({"w": jnp.ones((3, 5), jnp.bfloat16), "x": np.ones((1, 1), np.float32)})
+        >>> layout.residuals().pages
+        (('int16', 2048), ('int16', 0))
+        """
+        here = [dtype == "bfloat16" for dtype, _ in self.pages]
+        pages = tuple(("int16", length * there) for there, (_, length) in zip(here, self.pages, strict=True))
+        return Layout(tuple((name, place) for name, place in self.matrices if here[place.page]), pages, ())
+
     @property
     def nbytes(self) -> int:
         """Bytes of all pages."""

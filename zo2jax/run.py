@@ -1,7 +1,6 @@
 """A run: the step of `zo2jax.mezo` with checkpoints, metrics and resume around it."""
 
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zo2jax.checkpoint import Snapshots
+from zo2jax.checkpoint import Snapshots, write_once
 from zo2jax.directions import step_keys
 from zo2jax.estimators import Estimator
-from zo2jax.factored import BESIDE
-from zo2jax.metrics import Metrics, memory_peaks, write_atomically
+from zo2jax.factored import BESIDE, shapes_beside
+from zo2jax.metrics import Metrics, memory_peaks
 from zo2jax.mezo import Info, State, conclude, mezo
 from zo2jax.models.blocks import Source, forward, owned_shapes
 from zo2jax.models.hub import export
@@ -29,7 +28,7 @@ from zo2jax.optimizers import Optimizer, as_optimizer
 from zo2jax.plan import Plan
 from zo2jax.plan.machine import measure_link
 from zo2jax.stream import Stream
-from zo2jax.updates import Rounding, Update, stochastic
+from zo2jax.updates import Rounding, Update, residual, stochastic
 
 Loss = Callable[[Any, Batch], jax.Array] | Generated
 
@@ -72,26 +71,6 @@ class StepInfo:
 def _number(value: Any) -> float | None:
     """A finite float, or None: JSON has no NaN."""
     return float(value) if np.isfinite(value) else None
-
-
-def _write_once(path: Path, config: Mapping[str, Any], may_grow: Sequence[str]) -> None:
-    """Writes config.json, or compares it with the one that is there; keys in ``may_grow`` may become larger."""
-    config = json.loads(json.dumps(config))
-    if path.is_file():
-        try:
-            known = dict(json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} is not JSON ({error}): the run cannot be continued") from error
-        keys = sorted(known.keys() | config.keys())
-        differing = [k for k in keys if known.get(k) != config.get(k) and k not in may_grow]
-        differing += [k for k in may_grow if k in known and k in config and config[k] < known[k]]
-        if differing:
-            lines = "; ".join(f"{k}: {known.get(k)!r} there, {config.get(k)!r} now" for k in differing)
-            raise ValueError(
-                f"{path.parent} holds a run with another config ({lines}). Only {' and '.join(may_grow) or 'nothing'} "
-                "may grow: use the old values, or another directory"
-            )
-    write_atomically(path, json.dumps(config, indent=1) + "\n")
 
 
 class Run:
@@ -154,9 +133,11 @@ class Run:
         optimizer = as_optimizer(optimizer)
         bare = model.replace({})  # what is kept, without the untrained weights
         shapes = owned_shapes(model.blocks)
+        if rounding == residual and not estimator.direction.rank:
+            raise ValueError(f"rounding is {rounding}: expected it with zo2jax.lowrank, not with {estimator.direction}")
         self._generated = loss if isinstance(loss, Generated) else None
         trained = bare if loss is None or isinstance(loss, Generated) else bare.with_loss(loss)
-        state = mezo(bare.loss, estimator, optimizer, rounding=rounding).init(shapes, key)._replace(params={})
+        state = mezo(bare.loss, estimator, optimizer).init(shapes, key)._replace(params={})
         if config is None:
             config = {
                 "model": None if model.folder is None else str(model.folder.resolve()),
@@ -169,7 +150,7 @@ class Run:
         self.directory = Path(directory).expanduser()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            _write_once(self.directory / "config.json", config, may_grow)
+            write_once(self.directory / "config.json", config, may_grow)
         except OSError as error:
             raise type(error)(f"the run directory {self.directory} cannot be written ({error})") from error
         self._model = bare
@@ -204,11 +185,13 @@ class Run:
         try:
             self._folded = max(self._done - 1, 0) // estimator.direction.refresh  # how often the matrices were, if so
             basis = self._basis(self._folded)
-            self._stream = Stream(trained.blocks, source, estimator.direction, rounding, plan, pages, basis)
+            kept = None
             if last is not None and basis is not None:
-                for name in shapes:
-                    kept = self._snapshots.block(last, name + BESIDE, self._stream.beside(name))
-                    self._stream.put_beside(name, kept)
+                kept = Source(
+                    {name: partial(self._beside, last, name, leaves, rounding) for name, leaves in shapes.items()}
+                )
+            how = estimator.direction, rounding, plan, pages, basis, kept
+            self._stream = Stream(trained.blocks, source, *how)
         except BaseException as error:
             self._snapshots.close()
             self._metrics.close()
@@ -355,6 +338,10 @@ class Run:
         direction = self._estimator.direction
         step = jnp.uint32(period * direction.refresh)
         return _step_keys(self._state.key, step, 1, direction)[0, 1] if direction.rank else None
+
+    def _beside(self, step: int, name: str, leaves: Any, rounding: Rounding) -> Any:
+        like = shapes_beside(leaves, self._estimator.direction.rank, rounding)
+        return self._snapshots.block(step, name + BESIDE, like)
 
     def _fold(self) -> None:
         """Where a period of a low-rank direction begins: takes the updates of the last one into the matrices."""

@@ -1,11 +1,5 @@
-"""Stores: where the pages of a block live. On the device, in page-locked host memory, or in a file.
+"""Stores: where the pages of a block live. On the device, in page-locked host memory, or in a file."""
 
-Host memory is ordinary memory that is locked in place and registered with the CUDA driver, one buffer a block for the
-whole run. So uploads run at the link's speed and write-backs go to where the block came from. (The pool behind JAX's
-memory kind ``pinned_host`` grows by powers of two and is capped; docs/LOG.md has what it took.)
-"""
-
-import ctypes
 import mmap
 import os
 import queue
@@ -13,149 +7,18 @@ import weakref
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
-from threading import local
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zo2jax.link import Copy, Link, StoreError, check_host_memory
+from zo2jax.models.blocks import Params
 from zo2jax.pages import Layout
 
 Pages = tuple[jax.Array, ...]
-
-
-_HUGE = 1 << 21
-
-
-class StoreError(OSError):
-    """A page that cannot be kept or read; the message says which, why, and what to do.
-
-    >>> issubclass(StoreError, OSError)
-    True
-    """
-
-
-class Copy:
-    """A copy to host memory that is under way."""
-
-    def __init__(self, finish: Callable[[], None]):
-        """``finish()`` waits for it."""
-        self._finish: Callable[[], None] | None = finish
-
-    def result(self) -> None:
-        """Returns when it is there."""
-        if self._finish is not None:
-            self._finish()
-        self._finish = None  # with the array, whose memory is free from here on
-
-
-class Link:
-    """Moves pages between host memory and the device.
-
-    Args:
-        pinned: whether host memory is page-locked; without it transfers are several times slower.
-
-    >>> link = Link()
-    >>> memory = link.memory(4096)
-    >>> link.down(jnp.arange(4, dtype=jnp.uint8), memory[:4]).result()
-    >>> link.up(memory[:4]).tolist()
-    [0, 1, 2, 3]
-    """
-
-    def __init__(self, *, pinned: bool = True):
-        """Finds the driver."""
-        (device,) = jnp.zeros(1).devices()  # the default one, which has a context now
-        self._cuda = ctypes.CDLL("libcuda.so.1") if device.platform == "gpu" else None
-        self._pinned = pinned and self._cuda is not None
-        self._registered: dict[int, mmap.mmap] = {}  # by address
-        self._thread = local()
-        self._context, self._stream = ctypes.c_void_p(), ctypes.c_void_p()
-        if self._cuda is not None:
-            number = ctypes.c_int(device.local_hardware_id or 0)
-            self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), number)
-            self._enter()
-            self._call("cuStreamCreate", ctypes.byref(self._stream), ctypes.c_uint(1))  # waits for no other stream
-            held = self._cuda, self._context, self._stream, self._registered
-            weakref.finalize(self, _let_go, *held).atexit = False
-
-    def memory(self, nbytes: int, fill: Callable[[np.ndarray], None] = lambda memory: None) -> np.ndarray:
-        """Host memory, uint8 [nbytes], aligned to a page of the operating system.
-
-        ``fill`` writes to it before it is locked, which is faster than to touch it first and then write.
-
-        Raises:
-            StoreError: if the driver refuses to lock it.
-        """
-        buffer = mmap.mmap(-1, max(nbytes, 1))
-        if nbytes >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
-            with suppress(OSError):  # not in every kernel; it makes touching and locking several times faster
-                buffer.madvise(mmap.MADV_HUGEPAGE)
-        memory = np.frombuffer(buffer, np.uint8)[:nbytes]
-        fill(memory)
-        if self._pinned:
-            self._enter()
-            address = memory.ctypes.data
-            hint = ": is there enough memory to lock?"
-            size = ctypes.c_size_t(len(buffer))
-            self._call("cuMemHostRegister_v2", ctypes.c_void_p(address), size, ctypes.c_uint(1), hint=hint)
-            self._registered[address] = buffer
-        return memory
-
-    def up(self, page: np.ndarray) -> jax.Array:
-        """A copy on the device, which may still be under way; the page must not change until it is there."""
-        if self._cuda is None:
-            return jnp.array(page)  # a transfer would keep to the memory itself
-        return jax.device_put(page)
-
-    def down(self, array: jax.Array, page: np.ndarray) -> Copy:
-        """Copies an array into host memory, as soon as it is computed; no thread waits for that."""
-        if self._cuda is None:
-            return Copy(lambda: np.copyto(page, np.asarray(array)))
-        self._enter()
-        exported: Any = array
-        held = exported.__dlpack__(stream=self._stream.value)  # the stream waits for the array; its memory is kept
-        source = ctypes.c_uint64(array.unsafe_buffer_pointer())
-        target, count = ctypes.c_void_p(page.ctypes.data), ctypes.c_size_t(array.nbytes)
-        self._call("cuMemcpyDtoHAsync_v2", target, source, count, self._stream)
-        event = ctypes.c_void_p()
-        self._call("cuEventCreate", ctypes.byref(event), ctypes.c_uint(2))  # without times
-        self._call("cuEventRecord", event, self._stream)
-
-        def finish() -> None:
-            nonlocal held
-            self._enter()
-            self._call("cuEventSynchronize", event)
-            self._call("cuEventDestroy_v2", event)
-            held = None
-
-        return Copy(finish)
-
-    def close(self) -> None:
-        """Lets go of all host memory; nothing may be on its way to the device any more."""
-        if self._cuda is not None:
-            _let_go(self._cuda, self._context, self._stream, self._registered)
-
-    def _enter(self) -> None:
-        """Gives the calling thread the device's context."""
-        if not getattr(self._thread, "entered", False):
-            self._call("cuCtxSetCurrent", self._context)
-            self._thread.entered = True
-
-    def _call(self, name: str, *arguments: Any, hint: str = "") -> None:
-        if status := getattr(self._cuda, name)(*arguments):
-            raise StoreError(f"the CUDA driver's {name} failed with status {status}{hint}")
-
-
-def _let_go(cuda: Any, context: ctypes.c_void_p, stream: ctypes.c_void_p, registered: dict[int, mmap.mmap]) -> None:
-    """Unlocks memory, once what the stream copies to it is there; also for a link that nobody closed."""
-    cuda.cuCtxSetCurrent(context)
-    cuda.cuStreamSynchronize(stream)
-    for address in list(registered):
-        cuda.cuMemHostUnregister(ctypes.c_void_p(address))
-        del registered[address]
 
 
 class Store(Protocol):
@@ -337,24 +200,6 @@ def _open_direct(path: Path) -> int:
         return os.open(path, flags, 0o600)
 
 
-def available_memory() -> int:
-    """Bytes of host memory that can still be had.
-
-    >>> available_memory() > 0
-    True
-    """
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next((int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:")), free)
-    group = Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError):  # a container's limit; ValueError for "max"
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        free = min(free, limit - used + int(cached.get("inactive_file", 0)))
-    return free
-
-
 def result(pages: "Pages | Future[Pages]") -> Pages:
     """The pages, once they are under way to the device at least.
 
@@ -364,13 +209,75 @@ def result(pages: "Pages | Future[Pages]") -> Pages:
     return pages.result() if isinstance(pages, Future) else pages
 
 
-def check_host_memory(needed: Sequence[int]) -> None:
-    """Raises StoreError if host memory does not hold blocks of these sizes, in bytes.
+_STAGING = 4
+"""Blocks of the disk tier that are in host memory at a time."""
 
-    >>> check_host_memory([1])
+
+class Tiers:
+    """Makes the stores of a model, and lets go of them together.
+
+    Args:
+        host: bytes of the blocks in host memory.
+        disk: of those on the disk.
+        directory: for page files, if there are any.
+        pinned: whether host memory is page-locked.
+
+    Raises:
+        StoreError: if there is too little host memory.
+
+    >>> tiers = Tiers([64], [], None, pinned=True)
+    >>> store = tiers.keep("w", "host", Layout.of({"w": np.ones((2, 2), np.float32)}), {"w": np.ones((2, 2))})
+    >>> float(store.read()[0][3])
+    1.0
     """
-    if (total := sum(needed)) > (there := available_memory()):
-        raise StoreError(
-            f"{len(needed)} blocks need {total / 2**30:.1f} GiB of host memory, and {there / 2**30:.1f} GiB are free: "
-            "put some on the disk, or use a machine with more"
-        )
+
+    def __init__(self, host: Sequence[int], disk: Sequence[int], directory: Path | None, *, pinned: bool):
+        """Takes the memory that page files go through."""
+        staging = [max(disk)] * _STAGING if disk else []
+        check_host_memory([*host, *staging])
+        self._directory = directory
+        self._link = Link(pinned=pinned)
+        self.workers = ThreadPoolExecutor(_STAGING, "zo2jax-stores")
+        """For files."""
+        self._staging: queue.Queue[np.ndarray] = queue.Queue()
+        self._files: list[OnDisk] = []
+        try:
+            for nbytes in staging:
+                self._staging.put(self._link.memory(nbytes))
+        except BaseException:
+            self.close()
+            raise
+
+    def keep(self, name: str, tier: str, layout: Layout, leaves: Params | None) -> Store:
+        """The matrices among ``leaves`` in a store of their own; zeros if there are none.
+
+        Raises:
+            StoreError: if there is no room on the disk, or memory cannot be locked.
+        """
+
+        def pack(pages: list[np.ndarray]) -> None:
+            if leaves is not None:
+                return layout.pack(leaves, pages)
+            for page in pages:
+                page[:] = 0
+
+        if tier == "disk":
+            assert self._directory is not None
+            self._directory.mkdir(parents=True, exist_ok=True)
+            store = OnDisk(self._link, self.workers, self._staging, self._directory / f"{name}.page", layout)
+            self._files.append(store)
+            store.fill(pack)
+            return store
+        if tier == "host":
+            held = self._link.memory(layout.nbytes, lambda m: pack(layout.views(m)))
+            return OnHost(self._link, layout.views(held))
+        staged = layout.views(np.zeros(layout.nbytes, np.uint8))
+        pack(staged)
+        return OnDevice(tuple(jnp.array(page) for page in staged))
+
+    def close(self) -> None:
+        """Lets go of host memory and removes page files; nothing may be on its way to the device any more."""
+        self.workers.shutdown(cancel_futures=True)
+        self._link.close()
+        for store in self._files:
+            store.close()

@@ -9,11 +9,9 @@ by matrix, and takes all members of the population one block further.
 """
 
 import difflib
-import queue
 import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +22,13 @@ import numpy as np
 from zo2jax import visits
 from zo2jax.directions import Direction, leaf_ids, matrix_shape
 from zo2jax.factored import Basis, Beside, after, basis_of, merge
-from zo2jax.models.blocks import Block, Params, Visit, block_of, get_leaf, owned_shapes, set_leaf
+from zo2jax.link import Copy, StoreError
+from zo2jax.models.blocks import Block, Params, Visit, block_of, owned_shapes, set_leaf
 from zo2jax.models.layers import Batch, Cache
 from zo2jax.pages import Layout, flat
 from zo2jax.plan import Plan, room
-from zo2jax.stores import Copy, Link, OnDevice, OnDisk, OnHost, Pages, Store, StoreError, check_host_memory, result
-from zo2jax.updates import Rounding, Update
+from zo2jax.stores import Pages, Store, Tiers, result
+from zo2jax.updates import Rounding, Update, residual
 
 
 class Stream(Mapping[str, Params]):
@@ -43,6 +42,7 @@ class Stream(Mapping[str, Params]):
         plan: where the blocks live.
         directory: for page files, if there are any.
         basis: typed key [], of the first V of a low-rank direction. The pages are only read then, between folds.
+        kept: what `beside` gave of each block, of a stream with the same V; nothing if None.
 
     Raises:
         StoreError: if there is too little host memory, or no room on the disk.
@@ -66,6 +66,7 @@ class Stream(Mapping[str, Params]):
         plan: Plan,
         directory: Path | None = None,
         basis: jax.Array | None = None,
+        kept: Mapping[str, Params] | None = None,
     ):
         """Reads the source into the stores."""
         self.blocks, self.plan = tuple(blocks), plan
@@ -83,28 +84,23 @@ class Stream(Mapping[str, Params]):
         self._sizes = [0 if t == "device" else self._layouts[name].nbytes for name, t in self.tiers.items()]
         self._room = room([size for size in self._sizes if size], plan.prefetch)
         self._next = _following([size > 0 for size in self._sizes], plan.prefetch)
-        of_tier = {
-            t: [self._layouts[n].nbytes for n, there in self.tiers.items() if there == t] for t in ("host", "disk")
-        }
-        staging = [max(of_tier["disk"], default=0)] * _STAGING if of_tier["disk"] else []
-        check_host_memory([*of_tier["host"], *staging])
-        self._directory = directory
-        self._link = Link(pinned=plan.pinned)
-        self._workers = ThreadPoolExecutor(_STAGING, "zo2jax-stream")  # for files
-        self._staging: queue.Queue[np.ndarray] = queue.Queue()
+        self._basis = None if basis is None else Basis(basis, jnp.float32(0))
+        lows = {name: layout.residuals() for name, layout in self._layouts.items()}
+        self._lows = lows if self._basis is not None and rounding == residual else {}
+        layouts = [*self._layouts.items(), *self._lows.items()]
+        host, disk = ([x.nbytes for name, x in layouts if self.tiers[name] == tier] for tier in ("host", "disk"))
+        self._kept = Tiers(host, disk, directory, pinned=plan.pinned)
         self._stores: dict[int, Store] = {}
+        self._low_stores: dict[int, Store] = {}
+        self._sums = self._no_sums()  # of updates, by block, for pages that are only read
         self._rest: dict[int, dict[str, Any]] = {}
         try:
-            for nbytes in staging:
-                self._staging.put(self._link.memory(nbytes))
-            self._read(source)
+            self._read(source, {} if kept is None else kept)
         except BaseException:
-            self._let_go()
+            self._kept.close()
             raise
         self._stages = visits.stages_of(self.blocks, tuple(self._layouts.items()))
         self._ids = [self._leaf_ids(block) for block in self.blocks]
-        self._basis = None if basis is None else Basis(basis, jnp.float32(0))
-        self._sums = self._no_sums()  # of updates, by block, for pages that are only read
         self._place = [{p: k for k, (_, p) in enumerate(self._layouts[b.name].matrices)} for b in self.blocks]
         self._homes = [[self._number[block_of(owner, shapes)] for owner in b.aliases.values()] for b in self.blocks]
         self.bytes_up = self.bytes_down = 0  # over the link, so far
@@ -137,14 +133,10 @@ class Stream(Mapping[str, Params]):
         for (leaf, place), p, ident in zip(matrices, self._sums[i], self._ids[i][0], strict=True):
             set_leaf(found["p"], leaf, jnp.array(p))
             set_leaf(found["v"], leaf, basis_of(self._basis, ident, place.shape, self._how["direction"]))
+        if i in self._low_stores:
+            lows = self._lows[name].unpack(self._low_stores[i].read(), {})
+            found |= {"low": jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, lows)}
         return found
-
-    def put_beside(self, name: str, kept: Params) -> None:
-        """Puts back what `beside` gave, of a stream with the same V."""
-        i, matrices = self._number[name], self._layouts[name].matrices
-        if self._basis is not None and matrices:
-            self._sums[i] = tuple(jnp.asarray(get_leaf(kept, f"p.{leaf}")) for leaf, _ in matrices)
-            self._basis = self._basis._replace(gone=jnp.asarray(kept["gone"]))
 
     def __iter__(self) -> Any:
         """The names of the blocks, in order."""
@@ -221,7 +213,12 @@ class Stream(Mapping[str, Params]):
         self._check_whole()
         self._torn = True
         for i, (stage, ids) in enumerate(zip(self._stages, self._ids, strict=True)):
-            self._put(i, visits.fold(stage, self._take(i)[0], self._beside(i), ids, **self._how), None)
+            beside, low = self._beside(i), self._low_stores.get(i)
+            lows = None if low is None else result(low.upload())
+            pages, lows = visits.fold(stage, self._take(i)[0], lows, beside, ids, **self._how)
+            if low is not None and (leaving := low.commit(lows)) is not None:
+                leaving.result()
+            self._put(i, pages, None)
         self._basis, self._sums = Basis(basis, jnp.float32(0)), self._no_sums()
         self._torn = False
 
@@ -301,14 +298,7 @@ class Stream(Mapping[str, Params]):
             jax.block_until_ready([pages for pages in self._coming.values() if not isinstance(pages, Future)])
         finally:
             self._coming.clear()
-            self._let_go()
-
-    def _let_go(self) -> None:
-        self._workers.shutdown(cancel_futures=True)
-        self._link.close()
-        for store in self._stores.values():
-            if isinstance(store, OnDisk):
-                store.close()
+            self._kept.close()
 
     def _leaf_ids(self, block: Block) -> Any:
         layout = self._layouts[block.name]
@@ -326,7 +316,7 @@ class Stream(Mapping[str, Params]):
             pages.append(held[place.page])
         return tuple(pages)
 
-    def _read(self, source: Mapping[str, Params]) -> None:
+    def _read(self, source: Mapping[str, Params], kept: Mapping[str, Params]) -> None:
         """Puts the blocks into their tiers: the largest first, while there is room for what reading takes."""
 
         def read(i: int) -> None:
@@ -334,33 +324,23 @@ class Stream(Mapping[str, Params]):
             leaves, layout = source[name], self._layouts[name]
             named = flat(leaves)
             self._rest[i] = {name: jnp.array(named[name]) for name in layout.rest}
-            self._stores[i] = self._store(name, layout, leaves)
+            self._stores[i] = self._kept.keep(name, self.tiers[name], layout, leaves)
+            del leaves, named
+            if layout.matrices and self._basis is not None:
+                beside = kept.get(name, {})
+                if beside:
+                    self._sums[i] = tuple(jnp.asarray(flat(beside["p"])[leaf]) for leaf, _ in layout.matrices)
+                    self._basis = self._basis._replace(gone=jnp.asarray(beside["gone"]))
+                if self._lows and self._lows[name].matrices:
+                    how = f"{name}.low", self.tiers[name], self._lows[name]
+                    self._low_stores[i] = self._kept.keep(*how, beside.get("low"))
 
         order = sorted(range(len(self.blocks)), key=lambda i: -self._layouts[self.blocks[i].name].nbytes)
         if getattr(source, "concurrent", False):
-            list(self._workers.map(read, order))
+            list(self._kept.workers.map(read, order))
         else:
             for i in order:
                 read(i)
-
-    def _store(self, name: str, layout: Layout, leaves: Params) -> Store:
-        tier = self.tiers[name]
-        if tier == "disk":
-            assert self._directory is not None
-            self._directory.mkdir(parents=True, exist_ok=True)
-            store = OnDisk(self._link, self._workers, self._staging, self._directory / f"{name}.page", layout)
-            try:
-                store.fill(partial(layout.pack, leaves))
-            except BaseException:
-                store.close()
-                raise
-            return store
-        if tier == "host":
-            held = self._link.memory(layout.nbytes, lambda m: layout.pack(leaves, layout.views(m)))
-            return OnHost(self._link, layout.views(held))
-        staged = layout.views(np.zeros(layout.nbytes, np.uint8))
-        layout.pack(leaves, staged)
-        return OnDevice(tuple(jnp.array(page) for page in staged))
 
     # --- the loop's parts ---
 
@@ -409,10 +389,6 @@ class Stream(Mapping[str, Params]):
                 raise
             del self._leaving[i]
         jax.block_until_ready([x for x in self._last.pop(i, []) if not x.is_deleted()])
-
-
-_STAGING = 4
-"""Blocks of the disk tier that are in host memory at a time."""
 
 
 def _shapes(tree: Any) -> Any:

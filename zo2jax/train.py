@@ -230,17 +230,18 @@ def trained_model(directory: str | Path, *, best: bool = False) -> tuple[int, Mo
     finally:
         snapshots.close()
     shapes = owned_shapes(model.blocks)
-    rank = config.make_estimator().direction.rank
-    readers = {name: partial(_read, folder, step, name, like, rank) for name, like in shapes.items()}
+    rank, rounding = config.make_estimator().direction.rank, config.make_rounding()
+    beside = {name: shapes_beside(like, rank, rounding) if rank else None for name, like in shapes.items()}
+    readers = {name: partial(_read, folder, step, name, like, beside[name]) for name, like in shapes.items()}
     return step, model.replace(Source(readers))
 
 
-def _read(folder: Path, step: int, name: str, like: Params, rank: int) -> Params:
+def _read(folder: Path, step: int, name: str, like: Params, beside: Params | None) -> Params:
     """A block of a checkpoint, with every update; its files are open no longer than that takes."""
     snapshots = Snapshots(folder / "checkpoints")
     try:
         leaves = snapshots.block(step, name, like)
-        return merge(leaves, snapshots.block(step, name + BESIDE, shapes_beside(like, rank))) if rank else leaves
+        return leaves if beside is None else merge(leaves, snapshots.block(step, name + BESIDE, beside))
     finally:
         snapshots.close()
 

@@ -15,7 +15,7 @@ from zo2jax.models.blocks import Block, Kind, Params, block_of, kinds, set_leaf
 from zo2jax.models.layers import Batch, Cache
 from zo2jax.pages import Layout, Place
 from zo2jax.probes import Matrices
-from zo2jax.updates import Rounding, Update, folded, move
+from zo2jax.updates import Rounding, Update, folded, joined, move, split
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,18 +144,29 @@ def add(
     return Factors(places, (), ids[0], beside.own, update, (None, None), beside.basis, direction).sums, rest
 
 
-@partial(jax.jit, static_argnames=_STATIC, donate_argnames="pages")
-def fold(stage: Stage, pages: Any, beside: Beside, ids: Any, direction: Direction, rounding: Rounding) -> Any:
-    """The pages with what was beside them."""
-    pages = list(pages)
+@partial(jax.jit, static_argnames=_STATIC, donate_argnames=("pages", "lows"))
+def fold(
+    stage: Stage, pages: Any, lows: Any, beside: Beside, ids: Any, direction: Direction, rounding: Rounding
+) -> tuple[Any, Any]:
+    """The pages with what was beside them, and their residuals (`zo2jax.updates.residual`), if there are any."""
+    pages, lows = list(pages), None if lows is None else list(lows)
     for i, (_, place) in enumerate(stage.layout.matrices):
-        page = pages[place.page]
-        matrix = lax.slice(page, (place.offset,), (place.offset + place.size,)).reshape(place.shape)
+
+        def cut(page: jax.Array, place: Place = place) -> jax.Array:
+            return lax.slice(page, (place.offset,), (place.offset + place.size,)).reshape(place.shape)
+
+        def put(pages: list[jax.Array], matrix: jax.Array, place: Place = place) -> None:
+            pages[place.page] = lax.dynamic_update_slice(pages[place.page], matrix.reshape(-1), (place.offset,))
+
+        w, p, gone = cut(pages[place.page]), beside.own[i], beside.basis.gone
         v = basis_of(beside.basis, ids[0][i], place.shape, direction)
-        key = bits.fold(jax.random.key_data(beside.basis.key), ids[0][i])
-        matrix = folded(matrix, beside.own[i], v, beside.basis.gone, rounding, key)
-        pages[place.page] = lax.dynamic_update_slice(page, matrix.reshape(-1), (place.offset,))
-    return tuple(pages)
+        if lows is not None and w.dtype == jnp.bfloat16:
+            w, low = split(folded(joined(w, cut(lows[place.page])), p, v, gone))
+            put(lows, low)
+        else:
+            w = folded(w, p, v, gone, rounding, bits.fold(jax.random.key_data(beside.basis.key), ids[0][i]))
+        put(pages, w)
+    return tuple(pages), None if lows is None else tuple(lows)
 
 
 @partial(jax.jit, static_argnames=_STATIC, donate_argnames="cache")

@@ -87,6 +87,8 @@ def _add_setting(sub: argparse.ArgumentParser, json: bool = True) -> None:
     sub.add_argument("--batch", type=int, default=default.rows, dest="rows", help="rows in a batch")
     sub.add_argument("--tokens", type=int, default=default.tokens, help="tokens in a row")
     sub.add_argument("--mode", choices=MODES, default=default.mode, help="how weights are perturbed")
+    sub.add_argument("--rank", type=int, default=default.rank, help="of directions in the factored mode")
+    sub.add_argument("--refresh", type=int, default=default.refresh, help="steps between two folds in that mode")
     sub.add_argument("--tier", choices=("device", "host", "disk"), default=default.tier, help="where blocks live")
     sub.add_argument("--prefetch", type=int, default=default.prefetch, help="blocks that are uploaded ahead")
     sub.add_argument("--device-memory", metavar="SIZE", help="keep as many blocks on the device as fit, such as 4GiB")

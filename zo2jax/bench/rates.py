@@ -15,9 +15,10 @@ from queue import Queue
 
 import numpy as np
 
+from zo2jax.link import Link
 from zo2jax.pages import Layout
 from zo2jax.plan.machine import randomize
-from zo2jax.stores import Link, OnDisk, Pages, result
+from zo2jax.stores import OnDisk, Pages, result
 
 _TOTAL = 2 * 2**30
 _ROUNDS = 3

@@ -57,6 +57,7 @@ def title(found: Numbers) -> str:
 
 _LINES = (  # what it is called, the figures, digits, and the figures of a peer that stand beside them
     ("step, ms", ("ms",), 1, "ms"),
+    ("  without folds / a fold on top", ("plain_ms", "fold_ms"), 1, None),
     ("tokens/s", ("tokens_per_s",), 0, "tokens_per_s"),
     ("first step with compilation, s", ("first_step_s",), 1, "first_step_s"),
     ("load, s", ("load_s",), 1, "load_s"),

@@ -16,7 +16,8 @@ from pallas_kernels.implementations import choose
 from zo2jax.bench.process import machine, memory
 from zo2jax.bench.rates import disk_rate, floor_ms, sample
 from zo2jax.bench.shapes import SHAPES, Work, random_model
-from zo2jax.estimators import two_point
+from zo2jax.directions import lowrank, normal
+from zo2jax.estimators import Estimator, two_point
 from zo2jax.models.model import Model
 from zo2jax.optimizers import sgd
 from zo2jax.pages import Layout, layout_of
@@ -25,16 +26,17 @@ from zo2jax.plan.machine import link_rates
 from zo2jax.run import Run
 from zo2jax.stream import Stream
 
-MODES = ("dense",)
-"""How z is drawn: dense, a normal number for each weight."""
+MODES = ("dense", "factored")
+"""How z is drawn: dense, a normal number for each weight; factored, of low rank, for weights that are only read."""
+
+_PERIOD = 7
+"""Steps between two folds while a factored step is timed; the figure is for the period that was asked for."""
 
 WARM_UPS = 3
 """Steps that are not timed, after the first."""
 
 NO_PREALLOCATION = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 """The environment in which NVML counts what a run needs, and not what JAX sets aside."""
-
-_ESTIMATOR = two_point(1e-3)
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,10 @@ class Setting:
     rows: int = 1
     tokens: int = 2048
     mode: str = "dense"
+    rank: int = 2
+    """Of directions in the factored mode."""
+    refresh: int = 50
+    """Steps from one fold to the next, in the factored mode."""
     tier: Tier = "host"
     prefetch: int = 1
     device_memory: str | None = None
@@ -73,11 +79,24 @@ class Setting:
         for name, known in (("model", sorted(SHAPES)), ("mode", MODES), ("tier", tiers)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
-        for name, least in (("layers", 1), ("rows", 1), ("tokens", 2), ("steps", 1), ("prefetch", 0)):
+        for name, least in (
+            ("layers", 1),
+            ("rows", 1),
+            ("tokens", 2),
+            ("steps", 1),
+            ("prefetch", 0),
+            ("rank", 1),
+            ("refresh", 1),
+        ):
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"{name} is {value}, expected {least} or more")
         if self.directory is not None and not Path(self.directory).is_dir():
             raise ValueError(f"directory is {self.directory}, expected a folder that is there")
+
+    @property
+    def estimator(self) -> Estimator:
+        """Two-point, in the setting's mode."""
+        return two_point(1e-3, direction=lowrank(self.rank, refresh=_PERIOD) if self.mode == "factored" else normal)
 
     def plan(self, model: Model) -> Plan:
         """Where the blocks live.
@@ -89,7 +108,7 @@ class Setting:
             made = Plan(dict.fromkeys((block.name for block in model.blocks), self.tier), self.prefetch)
         else:
             sizes: dict[str, Any] = {"tokens": self.tokens, "rows": self.rows, "prefetch": self.prefetch}
-            made = plan(model, _ESTIMATOR, tier=self.tier, device_memory=self.device_memory, **sizes)
+            made = plan(model, self.estimator, tier=self.tier, device_memory=self.device_memory, **sizes)
         return replace(made, overlap=self.overlap, pinned=self.pinned)
 
 
@@ -104,10 +123,11 @@ def running(setting: Setting) -> Iterator[tuple[Run, dict[str, jax.Array]]]:
     model = random_model(setting.model, setting.layers)
     model.check_tokens(setting.tokens)
     batch = Work(tokens=setting.tokens, rows=setting.rows).batch(model.config.vocabulary)
+    plan = setting.plan(model)
     with (
         nullcontext() if setting.kernels else _without_kernels(),
         tempfile.TemporaryDirectory(dir=setting.directory) as directory,
-        Run(model, _ESTIMATOR, sgd(1e-6), directory=directory, key=jax.random.key(0), plan=setting.plan(model)) as run,
+        Run(model, setting.estimator, sgd(1e-6), directory=directory, key=jax.random.key(0), plan=plan) as run,
     ):
         del model
         yield run, batch
@@ -129,7 +149,8 @@ def measure(setting: Setting, rates: bool = True) -> dict[str, Any]:
     """Times a step; counts its bytes and peak memory; with ``rates``, measures what link and disk could do at best.
 
     Times end in _s or _ms, GiB in _gib, GiB per second in _gib_s; what does not apply is None. A floor is the bytes of
-    a step by the rate at which the same pages move both ways without any computation; a ratio is a step's time in it.
+    a step by the rate at which the same pages move both ways, or only up if they are only read, without any
+    computation; a ratio is a step's time in it.
 
     >>> measure(Setting("opt-tiny", tokens=4096))
     Traceback (most recent call last):
@@ -143,14 +164,27 @@ def measure(setting: Setting, rates: bool = True) -> dict[str, Any]:
         if setting.kernels:
             found["kernels"] = choose("perturb", None)
         found["first_step_s"] = timed_step(run, batch)
-        for _ in range(WARM_UPS):
+        factored = setting.mode == "factored"
+        for _ in range(_PERIOD if factored else WARM_UPS):  # with the first fold, whose program is compiled then
             timed_step(run, batch)
-        found["times_ms"] = [timed_step(run, batch) * 1e3 for _ in range(setting.steps)]
+        count = max(setting.steps, _PERIOD) if factored else setting.steps
+        found["times_ms"] = [timed_step(run, batch) * 1e3 for _ in range(count)]
         found |= memory()
-    found["ms"] = statistics.median(found["times_ms"])
-    found |= _moving(found["ms"], layouts)
+    found |= _step_ms(found["times_ms"], setting)
+    found |= _moving(found["ms"], layouts, down=not factored)
     found["tokens_per_s"] = setting.rows * setting.tokens / found["ms"] * 1e3
     return found | (_floors(setting, found["ms"], layouts, on_disk) if rates else {})
+
+
+def _step_ms(times: list[float], setting: Setting) -> dict[str, float]:
+    """The median step; a factored one on average over a period, with the fold that is a part of it."""
+    if setting.mode == "dense":
+        return {"ms": statistics.median(times)}
+    folds = [(i + 1) % _PERIOD == 0 for i in range(len(times))]  # the first step and a period were before them
+    plain, folding = (
+        statistics.median(t for t, f in zip(times, folds, strict=True) if f == of) for of in (False, True)
+    )
+    return {"ms": plain + (folding - plain) / setting.refresh, "plain_ms": plain, "fold_ms": folding - plain}
 
 
 def _moved(run: Run) -> tuple[list[Layout], list[Layout]]:
@@ -162,11 +196,11 @@ def _moved(run: Run) -> tuple[list[Layout], list[Layout]]:
     return list(layouts.values()), [layout for block, layout in layouts.items() if tiers[block] == "disk"]
 
 
-def _moving(ms: float, layouts: list[Layout]) -> dict[str, float]:
-    """What a step moves each way, and how fast."""
+def _moving(ms: float, layouts: list[Layout], *, down: bool) -> dict[str, float]:
+    """What a step moves each way, and how fast; folds are left out."""
     moved = sum(layout.nbytes for layout in layouts) / 2**30
     rate = moved / ms * 1e3
-    return {"up_gib": moved, "down_gib": moved, "up_gib_s": rate, "down_gib_s": rate}
+    return {"up_gib": moved, "down_gib": moved * down, "up_gib_s": rate, "down_gib_s": rate * down}
 
 
 def _floors(setting: Setting, ms: float, layouts: list[Layout], on_disk: list[Layout]) -> dict[str, float | None]:
@@ -176,16 +210,17 @@ def _floors(setting: Setting, ms: float, layouts: list[Layout], on_disk: list[La
     if pages := sample(layouts):
         rates = link_rates(pages, pinned=setting.pinned)
         found |= {f"link_{way}_gib_s": rate / 2**30 for way, rate in rates._asdict().items()}
-        found |= _against("link", ms, layouts, rates.both)
-    if pages := sample(on_disk):
+        read_only = setting.mode == "factored"
+        found |= _against("link", ms, layouts, *((1, rates.up) if read_only else (2, rates.both)))
+    if (pages := sample(on_disk)) and setting.mode == "dense":
         with tempfile.TemporaryDirectory(dir=setting.directory) as directory:
             rate = disk_rate(pages, Path(directory))
-        found |= {"disk_both_gib_s": rate / 2**30} | _against("disk", ms, on_disk, rate)
+        found |= {"disk_both_gib_s": rate / 2**30} | _against("disk", ms, on_disk, 2, rate)
     return found
 
 
-def _against(name: str, ms: float, layouts: list[Layout], rate: float) -> dict[str, float]:
-    floor = floor_ms(2 * sum(layout.nbytes for layout in layouts), rate)
+def _against(name: str, ms: float, layouts: list[Layout], ways: int, rate: float) -> dict[str, float]:
+    floor = floor_ms(ways * sum(layout.nbytes for layout in layouts), rate)
     return {f"{name}_floor_ms": floor, f"{name}_ratio": ms / floor}
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zo2jax.directions import matrix_shape
 from zo2jax.estimators import Estimator, two_point
 from zo2jax.models.blocks import block_of, kinds, owned_shapes
 from zo2jax.models.model import Model
@@ -46,7 +47,7 @@ class Budget:
     window: int
     """The most bytes of streamed blocks on the device at once."""
     probes: int
-    """Of all members' copies of the largest matrix, or of a slab of a vocabulary."""
+    """Of all members' copies of the largest matrix, or of a slab of a vocabulary; one copy if it is only read."""
     activations: int
     """Of all members, the carries that are waiting included."""
     libraries: int
@@ -59,6 +60,8 @@ class Budget:
     members: int = 2
     operations: float = 0.0
     """Floating-point operations of a step's products."""
+    read_only: bool = False
+    """Whether pages are only read, as with low-rank directions; what a fold moves is left out then."""
 
     @property
     def peak(self) -> int:
@@ -101,17 +104,19 @@ class Plan:
     def seconds(self, machine: Machine, disk: float = math.inf) -> dict[str, float]:
         """Expected seconds of a step on a machine, by what takes them: compute, link, disk.
 
-        Compute is products, and weights that are read, changed and made into probes; the link carries what comes from
-        the disk too. ``disk`` is in bytes a second, read and written together.
+        Compute is products, and weights that are read and, unless they are only read, changed and made into probes; the
+        link carries what comes from the disk too. ``disk`` is in bytes a second, read and written together.
         """
         if self.budget is None:
             return {}
-        traffic = (2 + 2 * self.budget.members) * sum(self.budget.sizes.values())
+        read_only = self.budget.read_only
+        traffic = (1 if read_only else 2 + 2 * self.budget.members) * sum(self.budget.sizes.values())
         moved = self.moved()
+        link, ways = (machine.up, 1) if read_only else (machine.both, 2)
         return {
             "compute": self.budget.operations / machine.products + traffic / machine.memory,
-            "link": 2 * sum(moved.values()) / machine.both,
-            "disk": 2 * moved["disk"] / disk,
+            "link": ways * sum(moved.values()) / link,
+            "disk": ways * moved["disk"] / disk,
         }
 
     @property
@@ -146,7 +151,8 @@ class Plan:
         assert self.budget is not None
         machine, moved = measure_machine(), self.moved()
         disk = measure_disk() if moved["disk"] else math.inf
-        each_way = _gib(sum(moved.values()))
+        up = _gib(sum(moved.values()))
+        down = _gib(0) if self.budget.read_only else up
         rates = f"link {_gib(machine.up)} GiB/s up, {_gib(machine.down)} down, {_gib(machine.both)} both at once"
         rates += f", products {machine.products / 1e12:.3g} TFLOP/s, device memory {_gib(machine.memory)} GiB/s"
         rates += f", disk {_gib(disk)} GiB/s" if moved["disk"] else ""
@@ -155,7 +161,7 @@ class Plan:
         bound = max(seconds, key=lambda part: seconds[part])
         parts = ", ".join(f"{part} {s:.3g}" for part, s in seconds.items() if s)
         return [
-            f"a step: {each_way} GiB up, {each_way} GiB down, {self.budget.operations / 1e12:.3g} TFLOP",
+            f"a step: {up} GiB up, {down} GiB down, {self.budget.operations / 1e12:.3g} TFLOP",
             f"measured: {rates}",
             f"expected: {together(seconds.values()):.3g} s a step, bound by the {bound} ({parts})",
         ]
@@ -230,7 +236,7 @@ def plan(
             raise ValueError("a model of zo2jax.blocks has batches of its own kind: give batch=, or the shapes of one")
         ids = jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
         batch = {"ids": ids, "targets": ids}
-    work = _Work.of(model, len((estimator or two_point(1e-3)).probes), batch, prefetch)
+    work = _Work.of(model, estimator or two_point(1e-3), batch, prefetch)
     sizes = list(work.sizes.values())
     streamed, resident = work.budget([False] * len(sizes), limit), work.budget([True] * len(sizes), limit)
     if tier == "device" or limit is None:
@@ -261,19 +267,23 @@ class _Work:
     sizes: dict[str, int]
     """Bytes of pages, by block in order."""
     vectors: int
-    """Bytes of leaves that are in no page."""
+    """Bytes of leaves that are in no page, and of what stays beside matrices."""
     owners: set[str]
     """Blocks whose leaves another one shares."""
     needs: list[Needs]
     members: int
     prefetch: int
+    read_only: bool
 
     @classmethod
-    def of(cls, model: Model, members: int, batch: Any, prefetch: int) -> "_Work":
+    def of(cls, model: Model, estimator: Estimator, batch: Any, prefetch: int) -> "_Work":
         """Looks at each kind of block once."""
         shapes = owned_shapes(model.blocks)
         layouts = {name: Layout.of(leaves) for name, leaves in shapes.items()}
         vectors = sum(_nbytes(flat(shapes[name])[leaf]) for name, layout in layouts.items() for leaf in layout.rest)
+        rank = estimator.direction.rank
+        matrices = [place for layout in layouts.values() for _, place in layout.matrices]
+        vectors += sum(4 * rank * matrix_shape(place.shape)[0] for place in matrices)  # P, which stays too
         owners = {block_of(owner, shapes) for block in model.blocks for owner in block.aliases.values()}
         shaped = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), batch)
         known: dict[Any, tuple[Needs, Any]] = {}
@@ -284,7 +294,8 @@ class _Work:
                 known[came] = needs_of(block, carry, shaped)
             one, carry = known[came]
             needs.append(one)
-        return cls({name: layout.nbytes for name, layout in layouts.items()}, vectors, owners, needs, members, prefetch)
+        sizes = {name: layout.nbytes for name, layout in layouts.items()}
+        return cls(sizes, vectors, owners, needs, len(estimator.probes), prefetch, rank > 0)
 
     def budget(self, stays: Sequence[bool], limit: int | None) -> Budget:
         """What a step takes if these blocks stay on the device, with those that own shared leaves or have no pages."""
@@ -295,7 +306,7 @@ class _Work:
         return Budget(
             resident=sum(self.sizes.values()) - sum(streamed) + self.vectors,
             window=room(streamed, self.prefetch),
-            probes=self.members * max(n.weight for n in self.needs),
+            probes=(1 if self.read_only else self.members) * max(n.weight for n in self.needs),
             activations=self.members * (max(n.activations for n in self.needs) + ahead),
             libraries=_LIBRARIES if jax.default_backend() == "gpu" else 0,
             limit=limit,
@@ -303,6 +314,7 @@ class _Work:
             stays=frozenset(name for stay, name in zip(here, self.sizes, strict=True) if stay),
             members=self.members,
             operations=self.members * sum(n.operations for n in self.needs),
+            read_only=self.read_only,
         )
 
 
