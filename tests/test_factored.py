@@ -14,9 +14,11 @@ import zo2jax as zo
 from pallas_kernels.bits import cut12
 from zo2jax.directions import draw, leaf_id, lowrank
 from zo2jax.factored import Factored
+from zo2jax.models.blocks import set_leaf
 from zo2jax.models.layers import linear, lookup, vocabulary_losses
+from zo2jax.models.opt import OptConfig
 from zo2jax.pages import flat
-from zo2jax.updates import folded, joined, residual, split
+from zo2jax.updates import folded, joined, split
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -78,7 +80,7 @@ def same(a, b):
 @pytest.mark.parametrize(
     ("family", "tied", "dtype", "plan", "rounding"),
     [
-        ("llama", True, "bfloat16", "mixed", residual),
+        ("llama", True, "bfloat16", "mixed", zo.residual),
         ("opt", False, "float32", "disk", zo.stochastic),
         ("qwen3", True, "bfloat16", "host deep", zo.stochastic),
     ],
@@ -94,7 +96,7 @@ def test_tiers_change_no_bit(family, tied, dtype, plan, rounding, tmp_path):
     )
 
 
-@pytest.mark.parametrize(("stop", "rounding"), [(4, residual), (5, zo.stochastic), (6, residual)])
+@pytest.mark.parametrize(("stop", "rounding"), [(4, zo.residual), (5, zo.stochastic), (6, zo.residual)])
 def test_a_run_that_stops_around_a_fold_goes_on_with_the_same_bits(stop, rounding, tmp_path):
     model = FAMILIES["llama"](True).init(jax.random.key(1), "bfloat16")
     estimator = zo.two_point(1e-3, direction=lowrank(2, refresh=5))
@@ -141,7 +143,7 @@ def test_a_factored_weight_is_its_matrix():
     x, ids = RNG.normal(size=(3, 2, 5, 24)).astype(np.float32), RNG.integers(0, 700, (2, 5))
 
     def one(f, x):
-        weight = Factored(jnp.asarray(w), jnp.float32(0.75), f, jnp.asarray(v))
+        weight = Factored(jnp.asarray(w), jnp.float32, jnp.float32(0.75), f, jnp.asarray(v))
         return linear(x, weight), lookup(weight, ids), vocabulary_losses(x, weight, None, ids), weight.array()
 
     given = jax.jit(jax.vmap(one))(f, x)
@@ -166,7 +168,7 @@ def test_residuals_are_exact():
 
 @pytest.mark.parametrize(
     ("rounding", "arriving", "noise"),
-    [(residual, (0.999, 1.001), 0.01), (zo.stochastic, (0.99, 1.01), 0.2), (zo.nearest, (0.9, 0.99), 0.3)],
+    [(zo.residual, (0.999, 1.001), 0.01), (zo.stochastic, (0.99, 1.01), 0.2), (zo.nearest, (0.9, 0.99), 0.4)],
 )
 def test_what_arrives_of_small_updates(rounding, arriving, noise):
     """2000 steps of 2e-6 in one direction into bfloat16 weights ~ N(0, 0.02), folded every 50."""
@@ -178,13 +180,13 @@ def test_what_arrives_of_small_updates(rounding, arriving, noise):
 
     @jax.jit
     def fold(w, low, key):
-        if rounding != residual:
+        if rounding != zo.residual:
             return folded(w, 50 * 2e-6 * u, v, None, rounding, key), low
         return split(folded(joined(w, low), 50 * 2e-6 * u, v))
 
     for t in range(40):
         w, low = fold(w, low, jnp.array([t, 7], jnp.uint32))
-    moved = np.asarray(joined(w, low) if rounding == residual else w, np.float64) - np.asarray(start, np.float64)
+    moved = np.asarray(joined(w, low) if rounding == zo.residual else w, np.float64) - np.asarray(start, np.float64)
     target = 2000 * 2e-6 * (u.astype(np.float64) @ v.T)
     part = (moved * target).sum() / (target**2).sum()
     assert arriving[0] <= part <= arriving[1]
@@ -194,6 +196,75 @@ def test_what_arrives_of_small_updates(rounding, arriving, noise):
 def test_residual_rounding_is_for_low_rank_directions(tmp_path):
     model = FAMILIES["llama"](True).init(jax.random.key(1))
     with pytest.raises(ValueError, match=r"rounding is residual: expected it with zo2jax\.lowrank, not with normal"):
-        zo.Run(model, zo.two_point(1e-3), zo.sgd(1e-3), directory=tmp_path, key=jax.random.key(5), rounding=residual)
+        zo.Run(model, zo.two_point(1e-3), zo.sgd(1e-3), directory=tmp_path, key=jax.random.key(5), rounding=zo.residual)
     with pytest.raises(ValueError, match=r"rounding is residual, which zo2jax\.Run keeps"):
-        zo.mezo(model.loss, zo.two_point(1e-3), zo.sgd(1e-3), rounding=residual)
+        zo.mezo(model.loss, zo.two_point(1e-3), zo.sgd(1e-3), rounding=zo.residual)
+
+
+FORMATS = {"int8": zo.int8(), "int8 by group": zo.int8(per="group", group=8), "int4": zo.int4(group=16)}
+
+
+def decoded(leaves, format, block):
+    """The matrices that a block's codes stand for, in NumPy float64 from the definition of codes."""
+    out = {}
+    for name, w in flat(leaves).items():
+        w = np.asarray(w, np.float64)
+        group = None if w.ndim < 2 else format.group_of(f"{block}.{name}", w.shape)
+        if group is not None:
+            most = {8: 127, 4: 7}[format.bits]
+            groups = w.reshape(len(w), -1, group)
+            scale = (np.abs(groups).max(-1).astype(np.float32) * np.float32(1 / most)).astype(np.float64)[..., None]
+            w = (np.round(groups * (1 / scale)) * scale).reshape(w.shape)
+        out[f"{block}.{name}"] = w
+    return out
+
+
+@pytest.mark.parametrize(
+    ("name", "refresh", "plan"), [("int8", 5, "mixed"), ("int8 by group", None, "disk"), ("int4", None, "host")]
+)
+def test_codes_are_the_matrices_that_they_stand_for(name, refresh, plan, tmp_path):
+    """Losses and weights are those of decoded codes; up to a fold, after which codes are made of the masters anew."""
+    config = OptConfig(vocabulary=67, size=32, hidden=48, layers=2, heads=4, context=64, token_size=32, tied=True)
+    model, format = config.init(jax.random.key(1)), FORMATS[name]
+    weights, losses, updates = trained(model.with_format(format), tmp_path / "device", refresh=refresh)
+    same(
+        (weights, losses, updates),
+        trained(model.with_format(format), tmp_path / plan, refresh=refresh, plan=PLANS[plan]),
+    )
+    blocks = {block: decoded(model.params[block], format, block) for block in model.params}
+    values = {k: v for block in blocks.values() for k, v in block.items()}
+    params = {b: jax.tree.map(lambda x: x, leaves) for b, leaves in model.params.items()}
+    for block, leaves in params.items():
+        for leaf in flat(leaves):
+            set_leaf(leaves, leaf, jnp.asarray(values[f"{block}.{leaf}"], jnp.float32))
+    plain = trained(model.replace(params), tmp_path / "plain", refresh=refresh)
+    count = refresh or len(losses)
+    np.testing.assert_allclose(losses[:count], plain[1][:count], rtol=1e-6)
+    expected = explicit(model.replace(params) if refresh is None else model, updates, lowrank(2, refresh=refresh))
+    for leaf, theta in expected.items():
+        block = max((b for b in weights if leaf.startswith(b + ".")), key=len)
+        ours = flat(weights[block])[leaf[len(block) + 1 :]]
+        group = None if theta.ndim < 2 else format.group_of(leaf, theta.shape)
+        coded = 0 if refresh is None or group is None else np.abs(theta).max() / 127 * 0.6
+        np.testing.assert_allclose(ours, theta, atol=coded + 1e-5 * np.abs(theta).max(), err_msg=leaf)
+
+
+@pytest.mark.parametrize("refresh", [5, None])
+def test_a_run_of_codes_goes_on_with_the_same_bits(refresh, tmp_path):
+    model = FAMILIES["llama"](True).init(jax.random.key(1), "bfloat16").with_format(zo.int8(keep=("head.*", "*.k.*")))
+    expected = trained(model, tmp_path / "whole", steps=8, refresh=refresh)
+    half = zo.averaged(zo.two_point(1e-3, direction=lowrank(2, refresh=refresh)), 1)
+    optimizer = zo.sgd(optax.linear_schedule(1e-2, 1e-3, 8), WEIGHT_DECAY)
+    with zo.Run(model, half, optimizer, directory=tmp_path / "parts", key=jax.random.key(5), plan=PLANS["host"]) as run:
+        for t, batch in enumerate(itertools.islice(batches(8), 6)):
+            run.step(batch | ({"weights": np.zeros_like(batch["weights"])} if t == 3 else {}))
+        run.save()
+    same(expected[0], trained(model, tmp_path / "parts", steps=8, refresh=refresh)[0])
+
+
+def test_formats_are_for_low_rank_directions(tmp_path):
+    model = FAMILIES["llama"](True).init(jax.random.key(1)).with_format(zo.int8())
+    with pytest.raises(
+        ValueError, match=r"the format is int8\(per='channel', keep=\(\)\): expected zo2jax\.lowrank, not norm"
+    ):
+        zo.Run(model, zo.two_point(1e-3), zo.sgd(1e-3), directory=tmp_path, key=jax.random.key(5))

@@ -1,5 +1,6 @@
 """Which transformations of the projected gradients are accepted, and what they give."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -72,3 +73,37 @@ def test_sgd_refuses_momentum_inside():
 def test_bad_rates(arguments):
     with pytest.raises(ValueError, match=r"learning_rate is|weight_decay is"):
         zo.sgd(*arguments)
+
+
+def test_meazo_divides_by_the_running_root_mean_square():
+    """Against the recursion in NumPy float64; steps whose g is 0 count for nothing but the schedule."""
+    gs = np.random.default_rng(2).normal(size=(30, 2)) * 40
+    gs[7] = 0
+    optimizer = zo.meazo(optax.linear_schedule(1.0, 0.1, 30), 0.5, beta=0.9, epsilon=1e-3)
+    state, second, count = optimizer.init(2), 0.0, 0
+    for t, g in enumerate(gs.astype(np.float32).astype(np.float64)):
+        coefs, decay, state = optimizer.update(jnp.asarray(g, jnp.float32), state)
+        rate = 1 - 0.03 * t
+        if t != 7:
+            second, count = 0.9 * second + 0.1 * g.sum() ** 2, count + 1
+        root = np.sqrt(second / (1 - 0.9**count)) + 1e-3
+        np.testing.assert_allclose(coefs, -rate * g / root, rtol=2e-5)
+        np.testing.assert_allclose(decay, 0.5 * rate, rtol=1e-6)
+
+
+def test_meazo_does_not_depend_on_the_scale_of_the_loss():
+    def trained(scale):
+        algorithm = zo.mezo(lambda w, x: scale * jnp.sum((w - x) ** 2), zo.two_point(1e-2), zo.meazo(0.03, beta=0.9))
+        step = jax.jit(algorithm.step)
+        state = algorithm.init(jnp.zeros(8), jax.random.key(0))
+        for _ in range(200):
+            state, info = step(state, jnp.ones(8))
+        return float(info.loss) / scale
+
+    assert trained(1.0) < 0.2 and trained(1e4) == pytest.approx(trained(1.0), rel=0.05)
+
+
+@pytest.mark.parametrize(("options", "message"), [({"beta": 1.0}, "beta is 1.0"), ({"epsilon": 0}, "epsilon is 0")])
+def test_meazo_checks_its_numbers(options, message):
+    with pytest.raises(ValueError, match=message):
+        zo.meazo(1e-3, **options)

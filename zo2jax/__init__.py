@@ -17,6 +17,8 @@ from zo2jax.directions import rademacher as rademacher
 from zo2jax.estimators import Estimator as Estimator
 from zo2jax.estimators import averaged as averaged
 from zo2jax.estimators import two_point as two_point
+from zo2jax.formats import int4 as int4
+from zo2jax.formats import int8 as int8
 from zo2jax.mezo import Info as Info
 from zo2jax.mezo import Mezo as Mezo
 from zo2jax.mezo import State as State
@@ -32,6 +34,7 @@ from zo2jax.models.stages import blocks as blocks
 from zo2jax.objectives import Generated as Generated
 from zo2jax.optimizers import Optimizer as Optimizer
 from zo2jax.optimizers import faithful as faithful
+from zo2jax.optimizers import meazo as meazo
 from zo2jax.optimizers import sgd as sgd
 from zo2jax.plan import Plan as Plan
 from zo2jax.plan import plan as plan
@@ -43,4 +46,5 @@ from zo2jax.updates import Rounding as Rounding
 from zo2jax.updates import Update as Update
 from zo2jax.updates import apply_update as apply_update
 from zo2jax.updates import nearest as nearest
+from zo2jax.updates import residual as residual
 from zo2jax.updates import stochastic as stochastic

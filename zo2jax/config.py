@@ -16,6 +16,7 @@ import tyro
 
 from zo2jax.directions import Direction, lowrank, normal, rademacher
 from zo2jax.estimators import Estimator, averaged, two_point
+from zo2jax.formats import Format, int4, int8
 from zo2jax.models.model import Model
 from zo2jax.optimizers import Optimizer, sgd
 from zo2jax.plan import Plan, parse_size, plan
@@ -88,11 +89,15 @@ class Config:
     rank: int = 2
     """Of low-rank directions."""
     refresh: int = 50
-    """Steps for which low-rank directions keep one factor."""
+    """Steps for which low-rank directions keep one factor; 0: for all."""
     directions: int = 1
     """Directions a step, averaged; each costs two forward passes."""
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""
     """Of the matrices; empty keeps the checkpoint's."""
+    format: Literal["", "int8", "int4"] = ""
+    """How matrices are kept, for low-rank directions; empty for as they are."""
+    group: int = 0
+    """Columns that share a scale of codes; 0: a whole row of int8, 64 of int4."""
     rounding: Literal["stochastic", "nearest", "residual"] = "stochastic"
     """Of updates to 16-bit matrices; "residual" is exact, for low-rank directions."""
     held_out: float = 0.1
@@ -122,12 +127,14 @@ class Config:
         for name in (*counts, "train_examples", "dev_examples", "eval_examples"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected an integer of at least 1")
+        if self.format and self.direction != "lowrank":
+            raise ConfigError(f"format={self.format}, direction={self.direction}: expected direction=lowrank with it")
         if self.direction == "lowrank":
             try:
-                lowrank(self.rank, refresh=self.refresh)
+                lowrank(self.rank, refresh=self.refresh or None)
             except ValueError as error:
                 raise ConfigError(str(error)) from None
-        for name in ("demonstrations", "prefetch"):
+        for name in ("demonstrations", "prefetch", "group", "refresh"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected an integer of at least 0")
         if self.device_memory:
@@ -148,7 +155,7 @@ class Config:
 
     def make_estimator(self) -> Estimator:
         """The estimator that the config describes."""
-        direction = _DIRECTIONS.get(self.direction) or lowrank(self.rank, refresh=self.refresh)
+        direction = _DIRECTIONS.get(self.direction) or lowrank(self.rank, refresh=self.refresh or None)
         one = two_point(self.eps, direction=direction)
         return one if self.directions == 1 else averaged(one, self.directions)
 
@@ -176,6 +183,14 @@ class Config:
             prefetch=self.prefetch,
         )
 
+    def make_format(self) -> Format | None:
+        """The format that matrices are kept in."""
+        if not self.format:
+            return None
+        if self.format == "int4":
+            return int4(group=self.group or 64)
+        return int8("group", group=self.group) if self.group else int8()
+
     def make_rounding(self) -> Rounding:
         """The rounding policy of updates."""
         return _ROUNDINGS[self.rounding]
@@ -184,6 +199,7 @@ class Config:
         """What config.json holds: every field but those that change no weights; local paths are absolute."""
         values = asdict(self)
         neutral: tuple[str, ...] = ("directory", "tensorboard", "eval_examples", "demonstrations", "scoring")
+        neutral += () if self.format else ("format", "group")
         neutral += () if self.direction == "lowrank" else ("rank", "refresh")
         for name in (*neutral, "tier", "device_memory", "prefetch"):
             del values[name]

@@ -33,8 +33,8 @@ class Direction:
     pair: bits.WordMap
     rank: int = 0
     """Of z for matrices; 0: z has an entry of its own for each weight."""
-    refresh: int = 1
-    """Steps for which V is kept, if there is a rank."""
+    refresh: int | None = None
+    """Steps for which V is kept, if there is a rank; None: always."""
 
     def __repr__(self) -> str:
         return self.name
@@ -50,11 +50,12 @@ rademacher = Direction("rademacher", bits.rademacher_pair)
 _MAX_RANK = 64
 
 
-def lowrank(rank: int = 2, refresh: int = 50) -> Direction:
+def lowrank(rank: int = 2, refresh: int | None = 50) -> Direction:
     """Z = U V^T for a matrix [n_out, n_in]: U [n_out, rank] new each step, V [n_in, rank] each ``refresh`` steps.
 
-    V ~ N(0, 1) and U ~ N(0, 1 / rank), so that the entries of Z have variance 1 and the estimate of a gradient has no
-    bias (LOZO, arXiv 2410.07698, algorithm 1, has the factor 1 / rank elsewhere). All directions of a step share V.
+    Without a refresh (None) V stays as it is: what is trained then is an adapter of this rank. All directions of a step
+    share V. V ~ N(0, 1) and U ~ N(0, 1 / rank), so that the entries of Z have variance 1 and the estimate of a gradient
+    has no bias (LOZO, arXiv 2410.07698, algorithm 1, has the factor 1 / rank elsewhere).
     Arrays of more than two dimensions are matrices of prod(shape[:-1]) rows; those of fewer take a dense normal z.
 
     Raises:
@@ -65,7 +66,7 @@ def lowrank(rank: int = 2, refresh: int = 50) -> Direction:
     """
     if not 1 <= rank <= _MAX_RANK:
         raise ValueError(f"rank is {rank}, expected 1 to {_MAX_RANK} (1 to 8 are usual)")
-    if refresh < 1:
+    if refresh is not None and refresh < 1:
         raise ValueError(f"refresh is {refresh}, expected at least 1 step (50 to 100 are usual)")
     return Direction(f"lowrank({rank}, refresh={refresh})", bits.normal_pair, rank, refresh)
 
@@ -163,7 +164,7 @@ def step_keys(key: jax.Array, step: jax.Array, count: int, direction: Direction 
     """The keys of the ``count`` directions of one step: fold_in(fold_in(key, step), k), typed keys [count].
 
     Those of a `lowrank` direction are pairs, [count, 2]: of U, and of V, which is
-    fold_in(fold_in(key, 2^32 - 1), step // refresh).
+    fold_in(fold_in(key, 2^32 - 1), step // refresh), the quotient being 0 without a refresh.
 
     >>> step_keys(jax.random.key(0), 5, 2).shape, step_keys(jax.random.key(0), 5, 2, lowrank(2)).shape
     ((2,), (2, 2))
@@ -172,7 +173,7 @@ def step_keys(key: jax.Array, step: jax.Array, count: int, direction: Direction 
     keys = jax.vmap(lambda k: jax.random.fold_in(at_step, k))(jnp.arange(count, dtype=jnp.uint32))
     if not direction.rank:
         return keys
-    period = jnp.asarray(step, jnp.uint32) // np.uint32(direction.refresh)
+    period = jnp.asarray(step, jnp.uint32) // np.uint32(direction.refresh or 2**32 - 1)
     basis = jax.random.fold_in(jax.random.fold_in(key, np.uint32(2**32 - 1)), period)
     return jnp.stack([keys, jnp.broadcast_to(basis, keys.shape)], axis=1)
 

@@ -18,11 +18,13 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import bits
+from pallas_kernels.quantized import Codes
 from pallas_kernels.reference import decayed
 from zo2jax.directions import Direction, expand, factors, matrix_shape
+from zo2jax.formats import cut, dense, rows_of, times
 from zo2jax.models.blocks import Params, set_leaf
 from zo2jax.models.layers import product
-from zo2jax.pages import Layout, Place, flat
+from zo2jax.pages import Layout, Place, encoded, flat
 from zo2jax.updates import Rounding, Update, by_leaf, combined, folded, joined, residual
 
 BESIDE = ".beside"
@@ -60,20 +62,21 @@ class Factored:
     """The matrix s W + F V^T of one member, a `zo2jax.models.layers.Weight`; under vmap over members, of all of them.
 
     Args:
-        matrix: W [n_out, n_in].
+        matrix: W [n_out, n_in], or its codes.
+        dtype: of W where it is an array.
         scale: s, float32 [].
         f: float32 [n_out, rank]: P, and the member's probe.
         v: float32 [n_in, rank], of 8 significant bits.
 
-    >>> w = Factored(jnp.eye(2), jnp.float32(1), jnp.array([[0.5], [0.0]]), jnp.ones((2, 1)))
+    >>> w = Factored(jnp.eye(2), jnp.float32, jnp.float32(1), jnp.array([[0.5], [0.0]]), jnp.ones((2, 1)))
     >>> w.product(jnp.ones((1, 2)), jnp.float32).tolist()
     [[2.0, 1.0]]
     """
 
-    def __init__(self, matrix: jax.Array, scale: jax.Array, f: jax.Array, v: jax.Array):
+    def __init__(self, matrix: jax.Array | Codes, dtype: Any, scale: jax.Array, f: jax.Array, v: jax.Array):
         """Computes nothing yet."""
         self._matrix, self._scale, self._f, self._v = matrix, scale, f, v
-        self.shape, self.dtype = matrix.shape, matrix.dtype
+        self.shape, self.dtype = matrix.shape, jnp.dtype(dtype)
 
     def __getitem__(self, key: Any) -> "Factored":
         """Itself: Flax variables are read as ``variable[...]``."""
@@ -83,19 +86,19 @@ class Factored:
         """X [..., n_in] -> x by the transposed matrix, in ``dtype``."""
         x, matrix = lax.optimization_barrier((x, self._matrix))  # as in `zo2jax.probes.Matrices.product`
         along = product(x, self._v.T.astype(x.dtype), jnp.float32)
-        y = self._scale * product(x, matrix, dtype).astype(jnp.float32)
+        y = self._scale * times(x, matrix, dtype).astype(jnp.float32)
         for j in range(self._v.shape[1]):  # a sum that becomes part of what reads y, not one more product
             y = y + along[..., j, None] * self._f[:, j]
         return y.astype(dtype)
 
     def array(self) -> jax.Array:
         """The matrix itself, for modules that know no `Weight`."""
-        wide = self._scale * self._matrix.astype(jnp.float32).reshape(matrix_shape(self.shape))
+        wide = self._scale * dense(self._matrix, jnp.float32).reshape(matrix_shape(self.shape))
         return (wide + expand(self._f, self._v)).astype(self.dtype).reshape(self.shape)
 
     def rows(self, ids: jax.Array) -> jax.Array:
         """The rows of these indices, float32 [*ids.shape, n_in]."""
-        found = self._scale * self._matrix[ids].astype(jnp.float32)
+        found = self._scale * rows_of(self._matrix, ids)
         for j in range(self._v.shape[1]):
             found = found + self._f[ids, j][..., None] * self._v[:, j]
         return found
@@ -103,11 +106,11 @@ class Factored:
     def slabs(self) -> Callable[[jax.Array, int], "Factored"]:
         """Rows as matrices of their own."""
 
-        def cut(start: jax.Array, count: int) -> Factored:
-            matrix, f = (lax.dynamic_slice_in_dim(x, start, count) for x in (self._matrix, self._f))
-            return Factored(matrix, self._scale, f, self._v)
+        def slab(start: jax.Array, count: int) -> Factored:
+            matrix, f = cut((self._matrix, self._f), start, count)
+            return Factored(matrix, self.dtype, self._scale, f, self._v)
 
-        return cut
+        return slab
 
 
 class Factors:
@@ -155,14 +158,13 @@ class Factors:
     def weight(self, index: int, member: jax.Array | None) -> Factored:
         """A member's matrix; the one without a probe if ``member`` is None."""
         place = self._places[index]
-        page = self._pages[place.page]
-        matrix = lax.slice(page, (place.offset,), (place.offset + place.size,)).reshape(place.shape)
+        matrix = place.of(self._pages)
         f = self.sums[index]
         if member is not None:
             assert self._probes is not None
             f = f + self._combined(index, self._probes.keys[index], self._probes.matrix[index][member])
         v = basis_of(self._basis, self._ids[index], place.shape, self._direction)
-        return Factored(matrix, self._scale, f, v)
+        return Factored(matrix, place.dtype or matrix.dtype, self._scale, f, v)
 
     def settle_all(self) -> tuple[jax.Array, ...]:
         """P of each matrix, with the update."""
@@ -193,45 +195,77 @@ def basis_of(basis: Basis, ident: jax.Array, shape: tuple[int, ...], direction: 
     return factors(direction, jnp.stack([key, key]), matrix_shape(shape))[1]
 
 
-@jax.jit
-def merged(w: jax.Array, p: jax.Array, v: jax.Array, gone: jax.Array, low: jax.Array | None = None) -> jax.Array:
-    """A matrix with what is beside it, rounded to nearest: a copy to look at or to export.
+@partial(jax.jit, static_argnames="dtype")
+def merged(
+    w: jax.Array | Codes, beside: tuple[jax.Array, jax.Array, jax.Array] | None, low: jax.Array | None, dtype: Any
+) -> jax.Array:
+    """A matrix with what is beside it, (P, V, gone), rounded to nearest: a copy to look at or to export.
 
-    >>> merged(jnp.ones((2, 3)), jnp.zeros((2, 4)), jnp.ones((3, 4)), jnp.float32(0.5)).tolist()[0]
+    >>> merged(jnp.ones((2, 3)), (jnp.zeros((2, 4)), jnp.ones((3, 4)), jnp.float32(0.5)), None, jnp.float32).tolist()[0]
     [0.5, 0.5, 0.5]
     """
-    w, p, v, gone = (jnp.asarray(x) for x in (w, p, v, gone))
-    return folded(w if low is None else joined(w, jnp.asarray(low)), p, v, gone).astype(w.dtype)
+    wide = dense(w, jnp.float32) if low is None or isinstance(w, Codes) else joined(w, low)
+    return (wide if beside is None else folded(wide, *beside)).astype(dtype)
 
 
-def merge(leaves: Params, beside: Params) -> Params:
-    """The leaves of a block, of which what is beside them (`zo2jax.stream.Stream.beside`) is a part.
+def merge(leaves: Params, beside: Params, shapes: Params, layout: Layout) -> Params:
+    """The leaves of a block as arrays of the dtypes of ``shapes``, of which what is beside them is a part.
+
+    ``leaves`` and ``beside`` are what `zo2jax.stream.Stream.stored` and `zo2jax.stream.Stream.beside` give; of codes,
+    the result is what they stand for, and not their masters.
 
     >>> beside = {"p": {"w": jnp.ones((2, 1))}, "v": {"w": jnp.ones((3, 1))}, "gone": jnp.float32(0)}
-    >>> merge({"w": jnp.ones((2, 3)), "b": 0}, beside)["w"].tolist()[0]
+    >>> shapes = {"w": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
+    >>> merge({"w": jnp.ones((2, 3))}, beside, shapes, Layout.of(shapes))["w"].tolist()[0]
     [2.0, 2.0, 2.0]
     """
-    out, lows = jax.tree.map(lambda x: x, leaves), flat(beside.get("low", {}))
-    for name, p in flat(beside.get("p", {})).items():
-        w, v = (flat(tree)[name] for tree in (leaves, beside["v"]))
-        moved = merged(w, p, v, beside["gone"], lows.get(name))
-        set_leaf(out, name, np.asarray(moved) if isinstance(w, np.ndarray) else moved)
+    out: Params = {}
+    places = dict(layout.matrices)
+    named, lows, p, v = (flat(tree) for tree in (leaves, *(beside.get(x, {}) for x in ("low", "p", "v"))))
+    for name, shape in flat(shapes).items():
+        w = named[name] if name in named else Codes(*(named[f"{name}.{x}"] for x in Codes._fields))
+        place = places.get(name)
+        if place is not None and place.scale is not None and not isinstance(w, Codes):
+            w = encoded(w, place)
+        if isinstance(w, Codes) or name in p or w.dtype != shape.dtype:
+            there = (p[name], v[name], beside["gone"]) if name in p else None
+            moved = merged(*jax.tree.map(jnp.asarray, (w, there, lows.get(name))), jnp.dtype(shape.dtype))
+            w = moved if isinstance(jax.tree.leaves(w)[0], jax.Array) else np.asarray(moved)
+        set_leaf(out, name, w)
     return out
 
 
-def shapes_beside(shapes: Params, rank: int, rounding: Rounding) -> Params:
-    """What `zo2jax.stream.Stream.beside` gives for leaves of these shapes, as ``jax.ShapeDtypeStruct``.
+def shapes_stored(shapes: Params, layout: Layout, *, masters: bool) -> Params:
+    """What `zo2jax.stream.Stream.stored` gives for leaves of these shapes, as ``jax.ShapeDtypeStruct``.
+
+    >>> from zo2jax.formats import int4
+    >>> shapes = {"w": jax.ShapeDtypeStruct((2, 4), jnp.bfloat16)}
+    >>> shapes_stored(shapes, Layout.of(shapes, int4()), masters=False)["w"]["codes"].shape
+    (2, 2)
+    """
+    out = jax.tree.map(lambda x: x, shapes)
+    for name, place in layout.matrices:
+        if place.scale is None:
+            continue
+        codes = jax.ShapeDtypeStruct((place.shape[0], place.shape[1] // place.packed), layout.pages[place.page][0])
+        both = {"codes": codes, "scale": jax.ShapeDtypeStruct(place.scale.shape, jnp.float32)}
+        set_leaf(out, name, jax.ShapeDtypeStruct(place.shape, jnp.float32) if masters else both)
+    return out
+
+
+def shapes_beside(layout: Layout, rank: int, rounding: Rounding) -> Params:
+    """What `zo2jax.stream.Stream.beside` gives of a block with this layout, as ``jax.ShapeDtypeStruct``.
 
     >>> from zo2jax.updates import nearest
-    >>> shapes_beside({"w": jnp.ones((2, 3)), "b": jnp.ones(2)}, 4, nearest)["v"]["w"].shape
+    >>> shapes_beside(Layout.of({"w": jnp.ones((2, 3)), "b": jnp.ones(2)}), 4, nearest)["v"]["w"].shape
     (3, 4)
     """
-    layout = Layout.of(shapes)
     places = [(name, matrix_shape(place.shape)) for name, place in layout.matrices]
     found: Params = {"p": {}, "v": {}, "gone": jax.ShapeDtypeStruct((), jnp.float32)} if places else {}
     for name, sizes in places:
         for part, n in zip(("p", "v"), sizes, strict=True):
             set_leaf(found[part], name, jax.ShapeDtypeStruct((n, rank), jnp.float32))
-    for name, place in layout.residuals().matrices if rounding == residual else ():
-        set_leaf(found.setdefault("low", {}), name, jax.ShapeDtypeStruct(place.shape, jnp.int16))
+    for name, place in layout.masters(rounding == residual).matrices:
+        if dict(layout.matrices)[name].scale is None:
+            set_leaf(found.setdefault("low", {}), name, jax.ShapeDtypeStruct(place.shape, jnp.int16))
     return found

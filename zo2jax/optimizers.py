@@ -143,6 +143,64 @@ def sgd(
     return Optimizer(init, update, f"sgd({rate}, weight_decay={weight_decay})")
 
 
+class MEAZOState(NamedTuple):
+    """The state of `meazo`: the running mean of g^2, how many steps are in it, and the state of its SGD.
+
+    >>> meazo(0.1).init(1).steps.dtype
+    dtype('int32')
+    """
+
+    second: jax.Array
+    """float32 []."""
+    steps: jax.Array
+    sgd: SGDState
+
+
+def meazo(
+    learning_rate: float | Schedule, weight_decay: float = 0.0, *, beta: float = 0.99, epsilon: float = 1e-8
+) -> Optimizer:
+    """SGD whose step is divided by the running root mean square of the projected gradient: one number of state.
+
+    coefs = -lr_t g / (sqrt(v_t / (1 - beta^t)) + epsilon), with v_t = beta v_(t-1) + (1 - beta) g_t^2 and g_t the mean
+    of the projected gradients of a step (MEAZO, Dbouk et al., arXiv 2605.03869). It scales whole updates, so it
+    commutes with z and is faithful. The learning rate is the size of an update of a weight, in units of z. Steps whose
+    g is 0 (skipped ones among them) say nothing of its size, and are left out of the mean.
+
+    Args:
+        learning_rate: a number, or an optax schedule of the step.
+        weight_decay: decoupled, of leaves with two or more dimensions.
+        beta: of the running mean; it looks back about 1 / (1 - beta) steps.
+        epsilon: added to the root.
+
+    Raises:
+        ValueError: for a beta outside [0, 1), an epsilon that is not positive, or what `sgd` refuses.
+
+    >>> optimizer = meazo(0.1)
+    >>> coefs, decay, state = optimizer.update(jnp.array([-20.0]), optimizer.init(1))
+    >>> round(float(coefs[0]), 4)
+    0.1
+    """
+    if not 0 <= beta < 1:
+        raise ValueError(f"beta is {beta}, expected a number in [0, 1), such as 0.99")
+    if not 0 < epsilon < float("inf"):
+        raise ValueError(f"epsilon is {epsilon}, expected a positive number, such as 1e-8")
+    plain = sgd(learning_rate, weight_decay)
+
+    def init(count: int) -> MEAZOState:
+        return MEAZOState(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), plain.init(count))
+
+    def update(g: jax.Array, state: MEAZOState) -> tuple[jax.Array, jax.Array, MEAZOState]:
+        mean = jnp.sum(g)  # each g_k carries the weight 1 / K
+        there = mean != 0
+        steps = state.steps + there.astype(jnp.int32)
+        second = jnp.where(there, beta * state.second + (1 - beta) * mean**2, state.second)
+        corrected = second / jnp.where(steps > 0, 1 - jnp.float32(beta) ** steps.astype(jnp.float32), 1)
+        coefs, decay, inner = plain.update(g / (jnp.sqrt(corrected) + epsilon), state.sgd)
+        return coefs, decay, MEAZOState(second, steps, inner)
+
+    return Optimizer(init, update, f"meazo over {plain.name}, beta={beta}, epsilon={epsilon}")
+
+
 def as_optimizer(optimizer: Any) -> Optimizer:
     """An `Optimizer` as it is; an optax transformation (or `Faithful`) as one without decay. See `check_faithful`.
 

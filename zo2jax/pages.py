@@ -5,7 +5,7 @@ where kernels change it in place. Vectors (norms, biases: under 1 % of the bytes
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -16,26 +16,42 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.perturb import ALIGNMENT
+from pallas_kernels.quantized import Codes, quantize
 from zo2jax.directions import is_trained
+from zo2jax.formats import Format
 from zo2jax.models.blocks import Block, Params, owned_shapes, set_leaf
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a matrix lies: the page's number, the first element, the shape.
+    """Where a matrix lies: the page's number, the first element, the shape; and where its scales lie, if it is codes.
 
-    >>> Place(0, 2048, (3, 5)).size
-    15
+    >>> Place(0, 2048, (3, 5)).size, Place(0, 0, (3, 4), packed=2, scale=Place(1, 0, (3, 1))).size
+    (15, 6)
     """
 
     page: int
     offset: int
     shape: tuple[int, ...]
+    packed: int = 1
+    """Codes in an element of the page: 2 of int4."""
+    scale: "Place | None" = None
+    dtype: str = ""
+    """Of the matrix, if it is codes."""
 
     @property
     def size(self) -> int:
-        """Elements of the matrix."""
-        return math.prod(self.shape)
+        """Elements of the page."""
+        return math.prod(self.shape) // self.packed
+
+    def of(self, pages: Sequence[Any]) -> Any:
+        """The matrix, or its `Codes`: of NumPy pages views, of JAX arrays slices."""
+        page, end = pages[self.page], self.offset + self.size
+        piece = page[self.offset : end] if isinstance(page, np.ndarray) else lax.slice(page, (self.offset,), (end,))
+        if self.scale is None:
+            return piece.reshape(self.shape)
+        codes: Any = piece.reshape(self.shape[0], -1)
+        return Codes(codes, self.scale.of(pages))
 
 
 @dataclass(frozen=True)
@@ -54,30 +70,38 @@ class Layout:
     """Dotted names of the leaves that are not packed."""
 
     @classmethod
-    def of(cls, shapes: Params) -> "Layout":
-        """The layout of leaves of these shapes (nested dictionaries), in pytree order."""
-        lengths: dict[str, int] = {}
+    def of(cls, shapes: Params, format: Format | None = None, block: str = "") -> "Layout":
+        """The layout of leaves of these shapes (nested dictionaries), in pytree order; ``block`` is whose they are."""
+        pages = _Pages()
         matrices, rest = [], []
         for name, leaf in flat(shapes).items():
             if not (is_trained(leaf) and len(leaf.shape) >= 2):
                 rest.append(name)
                 continue
-            dtype = str(jnp.dtype(leaf.dtype))
-            offset = lengths.setdefault(dtype, 0)
-            matrices.append((name, Place(list(lengths).index(dtype), offset, tuple(leaf.shape))))
-            lengths[dtype] = offset + -(-math.prod(leaf.shape) // ALIGNMENT) * ALIGNMENT
-        return cls(tuple(matrices), tuple(lengths.items()), tuple(rest))
+            shape, dtype = tuple(leaf.shape), str(jnp.dtype(leaf.dtype))
+            group = None if format is None else format.group_of(f"{block}.{name}", shape)
+            if format is None or group is None:
+                matrices.append((name, pages.place(shape, dtype)))
+                continue
+            scale = pages.place((shape[0], shape[1] // group), "float32")
+            codes = "int8" if format.bits == 8 else "uint8"
+            matrices.append((name, pages.place(shape, codes, packed=8 // format.bits, scale=scale, dtype=dtype)))
+        return cls(tuple(matrices), tuple(pages.lengths.items()), tuple(rest))
 
-    def residuals(self) -> "Layout":
-        """That of the int16 beside each bfloat16 element (`zo2jax.updates.residual`), place for place.
+    def masters(self, residuals: bool) -> "Layout":
+        """That of what is kept beside matrices for folds: float32 of codes; with ``residuals``, int16 of bfloat16.
 
         >>> layout = Layout.of({"w": jnp.ones((3, 5), jnp.bfloat16), "x": np.ones((1, 1), np.float32)})
-        >>> layout.residuals().pages
-        (('int16', 2048), ('int16', 0))
+        >>> layout.masters(True).pages, layout.masters(False).pages
+        ((('int16', 2048),), ())
         """
-        here = [dtype == "bfloat16" for dtype, _ in self.pages]
-        pages = tuple(("int16", length * there) for there, (_, length) in zip(here, self.pages, strict=True))
-        return Layout(tuple((name, place) for name, place in self.matrices if here[place.page]), pages, ())
+        pages, matrices = _Pages(), []
+        for name, place in self.matrices:
+            if place.scale is not None:
+                matrices.append((name, pages.place(place.shape, "float32")))
+            elif residuals and self.pages[place.page][0] == "bfloat16":
+                matrices.append((name, pages.place(place.shape, "int16")))
+        return Layout(tuple(matrices), tuple(pages.lengths.items()), ())
 
     @property
     def nbytes(self) -> int:
@@ -90,25 +114,76 @@ class Layout:
         return [memory[a:b].view(jnp.dtype(d)) for (d, _), (a, b) in zip(self.pages, pairwise(ends), strict=True)]
 
     def pack(self, leaves: Params, pages: list[np.ndarray]) -> None:
-        """Copies the matrices among ``leaves`` (NumPy or JAX arrays) into pages in host memory."""
+        """Copies the matrices among ``leaves`` (NumPy or JAX arrays) into pages in host memory.
+
+        Of codes, the leaf is the matrix, or {"codes": .., "scale": ..}.
+        """
         named = flat(leaves)
         for name, place in self.matrices:
-            matrix = np.asarray(named[name]).reshape(-1)
-            np.copyto(pages[place.page][place.offset : place.offset + place.size], matrix)
+            if place.scale is None:
+                _copy(named[name], place, pages)
+                continue
+            if (codes := named.get(f"{name}.codes")) is not None:
+                scale = named[f"{name}.scale"]
+            else:
+                codes, scale = encoded(named[name], place)
+            _copy(codes, place, pages)
+            _copy(scale, place.scale, pages)
 
     def unpack(self, pages: Any, rest: Mapping[str, Any]) -> Params:
-        """The nested leaves: of NumPy pages views, of JAX arrays slices."""
+        """The nested leaves: of NumPy pages views, of JAX arrays slices, of codes `Codes` of either."""
         leaves: Params = {}
         for name, place in self.matrices:
-            end = place.offset + place.size
-            page = pages[place.page]
-            piece = (
-                page[place.offset : end] if isinstance(page, np.ndarray) else lax.slice(page, (place.offset,), (end,))
-            )
-            set_leaf(leaves, name, piece.reshape(place.shape))
+            set_leaf(leaves, name, place.of(pages))
         for name in self.rest:
             set_leaf(leaves, name, rest[name])
         return leaves
+
+
+class _Pages:
+    """Lays matrices out, one after the other, in a page for each dtype."""
+
+    def __init__(self) -> None:
+        self.lengths: dict[str, int] = {}
+
+    def place(
+        self, shape: tuple[int, ...], page: str, *, packed: int = 1, scale: Place | None = None, dtype: str = ""
+    ) -> Place:
+        offset = self.lengths.setdefault(page, 0)
+        place = Place(list(self.lengths).index(page), offset, shape, packed, scale, dtype)
+        self.lengths[page] = offset + -(-place.size // ALIGNMENT) * ALIGNMENT
+        return place
+
+
+_encode = jax.jit(quantize, static_argnums=(1, 2))
+
+
+def encoded(matrix: Any, place: Place) -> Codes:
+    """The codes of a matrix for a place that holds codes: on the device, or in host memory like the matrix.
+
+    >>> from zo2jax.formats import int4
+    >>> layout = Layout.of({"w": jax.ShapeDtypeStruct((2, 4), jnp.float32)}, int4())
+    >>> encoded(jnp.ones((2, 4)), layout.matrices[0][1]).codes.tolist()
+    [[119, 119], [119, 119]]
+    """
+    assert place.scale is not None
+    codes = _encode(jnp.asarray(matrix), 8 // place.packed, place.shape[1] // place.scale.shape[1])
+    return codes if isinstance(matrix, jax.Array) else jax.tree.map(np.asarray, codes)
+
+
+def _copy(leaf: Any, place: Place, pages: list[np.ndarray]) -> None:
+    there = pages[place.page][place.offset : place.offset + place.size]
+    there[:] = np.asarray(leaf).reshape(-1).astype(there.dtype, copy=False)
+
+
+def layouts_of(blocks: Sequence[Block], format: Format | None = None) -> dict[str, Layout]:
+    """The layout of each block's own leaves.
+
+    >>> from flax import nnx
+    >>> layouts_of([Block.define("norm", lambda rngs: nnx.LayerNorm(4, rngs=rngs))])["norm"].rest
+    ('bias', 'scale')
+    """
+    return {name: Layout.of(leaves, format, name) for name, leaves in owned_shapes(blocks).items()}
 
 
 def flat(leaves: Params) -> dict[str, Any]:
@@ -119,13 +194,3 @@ def flat(leaves: Params) -> dict[str, Any]:
     """
     paths = jax.tree_util.tree_leaves_with_path(leaves)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
-
-
-def layout_of(block: Block) -> Layout:
-    """The layout of the leaves that a block owns.
-
-    >>> from flax import nnx
-    >>> layout_of(Block.define("norm", lambda rngs: nnx.LayerNorm(4, rngs=rngs))).rest
-    ('bias', 'scale')
-    """
-    return Layout.of(owned_shapes([block])[block.name])

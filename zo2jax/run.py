@@ -16,7 +16,7 @@ import numpy as np
 from zo2jax.checkpoint import Snapshots, write_once
 from zo2jax.directions import step_keys
 from zo2jax.estimators import Estimator
-from zo2jax.factored import BESIDE, shapes_beside
+from zo2jax.factored import BESIDE, shapes_beside, shapes_stored
 from zo2jax.metrics import Metrics, memory_peaks
 from zo2jax.mezo import Info, State, conclude, mezo
 from zo2jax.models.blocks import Source, forward, owned_shapes
@@ -25,6 +25,7 @@ from zo2jax.models.layers import Batch
 from zo2jax.models.model import Model
 from zo2jax.objectives import Generated
 from zo2jax.optimizers import Optimizer, as_optimizer
+from zo2jax.pages import Layout, layouts_of
 from zo2jax.plan import Plan
 from zo2jax.plan.machine import measure_link
 from zo2jax.stream import Stream
@@ -133,6 +134,8 @@ class Run:
         optimizer = as_optimizer(optimizer)
         bare = model.replace({})  # what is kept, without the untrained weights
         shapes = owned_shapes(model.blocks)
+        if model.format is not None and not estimator.direction.rank:
+            raise ValueError(f"the format is {model.format}: expected zo2jax.lowrank, not {estimator.direction}")
         if rounding == residual and not estimator.direction.rank:
             raise ValueError(f"rounding is {rounding}: expected it with zo2jax.lowrank, not with {estimator.direction}")
         self._generated = loss if isinstance(loss, Generated) else None
@@ -144,6 +147,7 @@ class Run:
                 "estimator": str(estimator),
                 "optimizer": optimizer.name,
                 "rounding": str(rounding),
+                **({} if model.format is None else {"format": str(model.format)}),
                 "loss": None if loss is None else getattr(loss, "__name__", str(loss)),
                 "key": jax.random.key_data(state.key).tolist(),
             }
@@ -156,10 +160,11 @@ class Run:
         self._model = bare
         self._snapshots = Snapshots(self.directory / "checkpoints")
         source: Mapping[str, Any] = model.source
+        layouts, masters = layouts_of(model.blocks, model.format), estimator.direction.refresh is not None
         if (last := self._snapshots.last) is not None:
             state = self._restored(state, last)
-            readers = {name: partial(self._snapshots.block, last, name, like) for name, like in shapes.items()}
-            source = Source(readers)
+            like = {name: shapes_stored(x, layouts[name], masters=masters) for name, x in shapes.items()}
+            source = Source({name: partial(self._snapshots.block, last, name, like[name]) for name in shapes})
         self._state = state
         self._matrix = jnp.asarray(estimator.probes)
         self._estimator, self._optimizer = estimator, optimizer
@@ -183,14 +188,12 @@ class Run:
         if set(plan.tiers.values()) - {"device"}:
             measure_link()  # while no step waits
         try:
-            self._folded = max(self._done - 1, 0) // estimator.direction.refresh  # how often the matrices were, if so
+            self._folded = self._period(max(self._done - 1, 0))  # how often the matrices were
             basis = self._basis(self._folded)
             kept = None
             if last is not None and basis is not None:
-                kept = Source(
-                    {name: partial(self._beside, last, name, leaves, rounding) for name, leaves in shapes.items()}
-                )
-            how = estimator.direction, rounding, plan, pages, basis, kept
+                kept = Source({name: partial(self._beside, last, name, layouts[name], rounding) for name in shapes})
+            how = estimator.direction, rounding, plan, pages, basis, kept, model.format
             self._stream = Stream(trained.blocks, source, *how)
         except BaseException as error:
             self._snapshots.close()
@@ -333,19 +336,23 @@ class Run:
         if update is not self._nothing:
             self._stream.apply(update)
 
+    def _period(self, step: int) -> int:
+        """How many V of a low-rank direction came before that of a step."""
+        return step // refresh if (refresh := self._estimator.direction.refresh) else 0
+
     def _basis(self, period: int) -> jax.Array | None:
         """The key of V in a period of a low-rank direction."""
         direction = self._estimator.direction
-        step = jnp.uint32(period * direction.refresh)
+        step = jnp.uint32(period * (direction.refresh or 1))
         return _step_keys(self._state.key, step, 1, direction)[0, 1] if direction.rank else None
 
-    def _beside(self, step: int, name: str, leaves: Any, rounding: Rounding) -> Any:
-        like = shapes_beside(leaves, self._estimator.direction.rank, rounding)
+    def _beside(self, step: int, name: str, layout: Layout, rounding: Rounding) -> Any:
+        like = shapes_beside(layout, self._estimator.direction.rank, rounding)
         return self._snapshots.block(step, name + BESIDE, like)
 
     def _fold(self) -> None:
         """Where a period of a low-rank direction begins: takes the updates of the last one into the matrices."""
-        period = self._done // self._estimator.direction.refresh
+        period = self._period(self._done)
         if self._estimator.direction.rank and period != self._folded:
             self._catch_up()
             basis = self._basis(period)

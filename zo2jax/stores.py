@@ -7,6 +7,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -248,31 +249,24 @@ class Tiers:
             self.close()
             raise
 
-    def keep(self, name: str, tier: str, layout: Layout, leaves: Params | None) -> Store:
-        """The matrices among ``leaves`` in a store of their own; zeros if there are none.
+    def keep(self, name: str, tier: str, layout: Layout, leaves: Params) -> Store:
+        """The matrices among ``leaves`` in a store of their own.
 
         Raises:
             StoreError: if there is no room on the disk, or memory cannot be locked.
         """
-
-        def pack(pages: list[np.ndarray]) -> None:
-            if leaves is not None:
-                return layout.pack(leaves, pages)
-            for page in pages:
-                page[:] = 0
-
         if tier == "disk":
             assert self._directory is not None
             self._directory.mkdir(parents=True, exist_ok=True)
             store = OnDisk(self._link, self.workers, self._staging, self._directory / f"{name}.page", layout)
             self._files.append(store)
-            store.fill(pack)
+            store.fill(partial(layout.pack, leaves))
             return store
         if tier == "host":
-            held = self._link.memory(layout.nbytes, lambda m: pack(layout.views(m)))
+            held = self._link.memory(layout.nbytes, lambda m: layout.pack(leaves, layout.views(m)))
             return OnHost(self._link, layout.views(held))
         staged = layout.views(np.zeros(layout.nbytes, np.uint8))
-        pack(staged)
+        layout.pack(leaves, staged)
         return OnDevice(tuple(jnp.array(page) for page in staged))
 
     def close(self) -> None:

@@ -22,10 +22,11 @@ import numpy as np
 from zo2jax import visits
 from zo2jax.directions import Direction, leaf_ids, matrix_shape
 from zo2jax.factored import Basis, Beside, after, basis_of, merge
+from zo2jax.formats import Format
 from zo2jax.link import Copy, StoreError
 from zo2jax.models.blocks import Block, Params, Visit, block_of, owned_shapes, set_leaf
 from zo2jax.models.layers import Batch, Cache
-from zo2jax.pages import Layout, flat
+from zo2jax.pages import flat, layouts_of
 from zo2jax.plan import Plan, room
 from zo2jax.stores import Pages, Store, Tiers, result
 from zo2jax.updates import Rounding, Update, residual
@@ -43,6 +44,7 @@ class Stream(Mapping[str, Params]):
         directory: for page files, if there are any.
         basis: typed key [], of the first V of a low-rank direction. The pages are only read then, between folds.
         kept: what `beside` gave of each block, of a stream with the same V; nothing if None.
+        format: of the matrices; as they are if None. Only visits without probes, or low-rank ones, take codes.
 
     Raises:
         StoreError: if there is too little host memory, or no room on the disk.
@@ -67,6 +69,7 @@ class Stream(Mapping[str, Params]):
         directory: Path | None = None,
         basis: jax.Array | None = None,
         kept: Mapping[str, Params] | None = None,
+        format: Format | None = None,
     ):
         """Reads the source into the stores."""
         self.blocks, self.plan = tuple(blocks), plan
@@ -76,22 +79,23 @@ class Stream(Mapping[str, Params]):
         self.leaf_ids = leaf_ids(shapes)
         named = jax.tree.unflatten(jax.tree.structure(shapes), list(self.leaf_ids))
         self._names = {f"{block}.{name}": i for block, leaves in named.items() for name, i in flat(leaves).items()}
-        self._layouts = {name: Layout.of(leaves) for name, leaves in shapes.items()}
+        self.layouts = layouts_of(self.blocks, format)
+        self._shapes = shapes
         owners = {block_of(owner, shapes) for block in self.blocks for owner in block.aliases.values()}
-        stay = {name for name, layout in self._layouts.items() if not layout.nbytes} | owners
+        stay = {name for name, layout in self.layouts.items() if not layout.nbytes} | owners
         _check_names(plan, self._number)
         self.tiers = {b.name: "device" if b.name in stay else plan.tiers.get(b.name, "device") for b in self.blocks}
-        self._sizes = [0 if t == "device" else self._layouts[name].nbytes for name, t in self.tiers.items()]
+        self._sizes = [0 if t == "device" else self.layouts[name].nbytes for name, t in self.tiers.items()]
         self._room = room([size for size in self._sizes if size], plan.prefetch)
         self._next = _following([size > 0 for size in self._sizes], plan.prefetch)
         self._basis = None if basis is None else Basis(basis, jnp.float32(0))
-        lows = {name: layout.residuals() for name, layout in self._layouts.items()}
-        self._lows = lows if self._basis is not None and rounding == residual else {}
-        layouts = [*self._layouts.items(), *self._lows.items()]
+        folds = self._basis is not None and direction.refresh is not None
+        self._masters = {n: x.masters(rounding == residual) for n, x in self.layouts.items() if folds}
+        layouts = [*self.layouts.items(), *self._masters.items()]
         host, disk = ([x.nbytes for name, x in layouts if self.tiers[name] == tier] for tier in ("host", "disk"))
         self._kept = Tiers(host, disk, directory, pinned=plan.pinned)
         self._stores: dict[int, Store] = {}
-        self._low_stores: dict[int, Store] = {}
+        self._master_stores: dict[int, Store] = {}
         self._sums = self._no_sums()  # of updates, by block, for pages that are only read
         self._rest: dict[int, dict[str, Any]] = {}
         try:
@@ -99,9 +103,9 @@ class Stream(Mapping[str, Params]):
         except BaseException:
             self._kept.close()
             raise
-        self._stages = visits.stages_of(self.blocks, tuple(self._layouts.items()))
+        self._stages = visits.stages_of(self.blocks, tuple(self.layouts.items()))
         self._ids = [self._leaf_ids(block) for block in self.blocks]
-        self._place = [{p: k for k, (_, p) in enumerate(self._layouts[b.name].matrices)} for b in self.blocks]
+        self._place = [{p: k for k, (_, p) in enumerate(self.layouts[b.name].matrices)} for b in self.blocks]
         self._homes = [[self._number[block_of(owner, shapes)] for owner in b.aliases.values()] for b in self.blocks]
         self.bytes_up = self.bytes_down = 0  # over the link, so far
         self._coming: dict[int, Any] = {}
@@ -112,20 +116,35 @@ class Stream(Mapping[str, Params]):
 
     def __getitem__(self, name: str) -> Params:
         """A copy of a block's leaves, with every update: JAX arrays of those on the device, else NumPy arrays."""
-        return merge(self.stored(name), self.beside(name))
+        return merge(self._held(name), self.beside(name), self._shapes[name], self.layouts[name])
 
     def stored(self, name: str) -> Params:
-        """A copy of a block's leaves as they are in their tier, without what is beside them."""
+        """A copy of a block's leaves as they are in their tier, without what is beside them.
+
+        Of codes: their float32 masters, if there are any, from which they are made again; or `Codes`.
+        """
+        leaves = self._held(name)
+        for leaf, master in self._of_masters(self._number[name]).items():
+            if dict(self.layouts[name].matrices)[leaf].scale is not None:
+                set_leaf(leaves, leaf, master.copy())
+        return leaves
+
+    def _held(self, name: str) -> Params:
         i = self._number[name]
         self._check_whole()
         self._left(i)
-        pages, layout = self._stores[i].read(), self._layouts[name]
+        pages, layout = self._stores[i].read(), self.layouts[name]
         leaves = layout.unpack(pages, {name: jnp.array(leaf) for name, leaf in self._rest[i].items()})
         return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, leaves)
 
+    def _of_masters(self, i: int) -> dict[str, Any]:
+        """What is kept for folds beside a block's matrices, by leaf."""
+        kept = self._masters.get(self.blocks[i].name)
+        return flat(kept.unpack(self._master_stores[i].read(), {})) if kept is not None and kept.matrices else {}
+
     def beside(self, name: str) -> Params:
         """A copy of what is beside a block's matrices: {"p": by name, "v": by name, "gone": float32 []}, or {}."""
-        i, matrices = self._number[name], self._layouts[name].matrices
+        i, matrices = self._number[name], self.layouts[name].matrices
         if self._basis is None or not matrices:
             return {}
         self._check_whole()
@@ -133,9 +152,9 @@ class Stream(Mapping[str, Params]):
         for (leaf, place), p, ident in zip(matrices, self._sums[i], self._ids[i][0], strict=True):
             set_leaf(found["p"], leaf, jnp.array(p))
             set_leaf(found["v"], leaf, basis_of(self._basis, ident, place.shape, self._how["direction"]))
-        if i in self._low_stores:
-            lows = self._lows[name].unpack(self._low_stores[i].read(), {})
-            found |= {"low": jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, lows)}
+        for leaf, low in self._of_masters(i).items():
+            if low.dtype == jnp.int16:
+                set_leaf(found.setdefault("low", {}), leaf, low.copy())
         return found
 
     def __iter__(self) -> Any:
@@ -213,10 +232,12 @@ class Stream(Mapping[str, Params]):
         self._check_whole()
         self._torn = True
         for i, (stage, ids) in enumerate(zip(self._stages, self._ids, strict=True)):
-            beside, low = self._beside(i), self._low_stores.get(i)
-            lows = None if low is None else result(low.upload())
-            pages, lows = visits.fold(stage, self._take(i)[0], lows, beside, ids, **self._how)
-            if low is not None and (leaving := low.commit(lows)) is not None:
+            kept, store = self._masters[self.blocks[i].name], self._master_stores.get(i)
+            masters = () if store is None else result(store.upload())
+            held = self._take(i)[0], masters, self._beside(i)
+            del masters
+            pages, masters = visits.fold(stage, kept, *held, ids, **self._how)
+            if store is not None and (leaving := store.commit(masters)) is not None:
                 leaving.result()
             self._put(i, pages, None)
         self._basis, self._sums = Basis(basis, jnp.float32(0)), self._no_sums()
@@ -240,7 +261,7 @@ class Stream(Mapping[str, Params]):
         rank = self._how["direction"].rank
         if self._basis is None:
             return []
-        places = [[place for _, place in self._layouts[block.name].matrices] for block in self.blocks]
+        places = [[place for _, place in self.layouts[block.name].matrices] for block in self.blocks]
         return [tuple(jnp.zeros((matrix_shape(place.shape)[0], rank)) for place in own) for own in places]
 
     def _beside(self, i: int) -> Beside | None:
@@ -259,7 +280,7 @@ class Stream(Mapping[str, Params]):
     def visits(self, blocks: Sequence[Block] | None = None) -> Visit:
         """Visits of the weights as they are, for evaluation and generation."""
         self._check_whole()
-        stages = self._stages if blocks is None else visits.stages_of(tuple(blocks), tuple(self._layouts.items()))
+        stages = self._stages if blocks is None else visits.stages_of(tuple(blocks), tuple(self.layouts.items()))
 
         def visit(block: Block, carry: Any, batch: Batch, cache: Cache | None) -> tuple[Any, Cache | None]:
             i = self._number[block.name]
@@ -301,19 +322,19 @@ class Stream(Mapping[str, Params]):
             self._kept.close()
 
     def _leaf_ids(self, block: Block) -> Any:
-        layout = self._layouts[block.name]
+        layout = self.layouts[block.name]
         parts = [name for name, _ in layout.matrices], sorted(layout.rest)
         own = [[self._names[f"{block.name}.{name}"] for name in part] for part in parts]
         ids = (*own, [self._names[owner] for owner in block.aliases.values()])
         return tuple(jnp.array(part, jnp.uint32) for part in ids)  # on the device: an upload would wait for pages
 
-    def _tied(self, i: int) -> Pages:
-        """The pages of the matrices that a block shares."""
+    def _tied(self, i: int) -> tuple[Pages, ...]:
+        """The pages of the blocks with whose matrices this one shares."""
         pages = []
-        for home, (_, place) in zip(self._homes[i], self._stages[i].tied, strict=True):
+        for home in self._homes[i]:
             held = self._stores[home].upload()
             assert not isinstance(held, Future), "blocks that share a leaf stay on the device"
-            pages.append(held[place.page])
+            pages.append(held)
         return tuple(pages)
 
     def _read(self, source: Mapping[str, Params], kept: Mapping[str, Params]) -> None:
@@ -321,26 +342,35 @@ class Stream(Mapping[str, Params]):
 
         def read(i: int) -> None:
             name = self.blocks[i].name
-            leaves, layout = source[name], self._layouts[name]
+            leaves, layout = source[name], self.layouts[name]
             named = flat(leaves)
             self._rest[i] = {name: jnp.array(named[name]) for name in layout.rest}
             self._stores[i] = self._kept.keep(name, self.tiers[name], layout, leaves)
-            del leaves, named
             if layout.matrices and self._basis is not None:
-                beside = kept.get(name, {})
-                if beside:
-                    self._sums[i] = tuple(jnp.asarray(flat(beside["p"])[leaf]) for leaf, _ in layout.matrices)
-                    self._basis = self._basis._replace(gone=jnp.asarray(beside["gone"]))
-                if self._lows and self._lows[name].matrices:
-                    how = f"{name}.low", self.tiers[name], self._lows[name]
-                    self._low_stores[i] = self._kept.keep(*how, beside.get("low"))
+                self._begin_beside(i, named, kept.get(name, {}))
 
-        order = sorted(range(len(self.blocks)), key=lambda i: -self._layouts[self.blocks[i].name].nbytes)
+        order = sorted(range(len(self.blocks)), key=lambda i: -self.layouts[self.blocks[i].name].nbytes)
         if getattr(source, "concurrent", False):
             list(self._kept.workers.map(read, order))
         else:
             for i in order:
                 read(i)
+
+    def _begin_beside(self, i: int, named: Mapping[str, Any], kept: Params) -> None:
+        """Sets what is beside a block's matrices, whose leaves these are, to what was kept of it, or to nothing."""
+        name = self.blocks[i].name
+        layout, masters = self.layouts[name], self._masters.get(name)
+        if kept:
+            self._sums[i] = tuple(jnp.asarray(flat(kept["p"])[leaf]) for leaf, _ in layout.matrices)
+            assert self._basis is not None
+            self._basis = self._basis._replace(gone=jnp.asarray(kept["gone"]))
+        if masters is None or not masters.matrices:
+            return
+        found, lows = {}, flat(kept.get("low", {}))
+        for leaf, place in masters.matrices:
+            low = dict(layout.matrices)[leaf].scale is None
+            found[leaf] = lows.get(leaf, np.zeros(place.shape, np.int16)) if low else named[leaf]
+        self._master_stores[i] = self._kept.keep(f"{name}.masters", self.tiers[name], masters, found)
 
     # --- the loop's parts ---
 

@@ -20,12 +20,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from zo2jax.checkpoint import Snapshots
 from zo2jax.config import Config, ConfigError, load_config
-from zo2jax.factored import BESIDE, merge, shapes_beside
+from zo2jax.factored import BESIDE, merge, shapes_beside, shapes_stored
 from zo2jax.metrics import read_metrics, write_atomically
 from zo2jax.models.blocks import Params, Source, forward, owned_shapes
 from zo2jax.models.hub import load
 from zo2jax.models.model import Model
 from zo2jax.objectives import Generated
+from zo2jax.pages import Layout, layouts_of
 from zo2jax.plan import Plan
 from zo2jax.run import Run, StepInfo, mean_loss
 from zo2jax.stream import Stream
@@ -110,7 +111,7 @@ def _load(config: Config) -> Model:
     """The model of a config. Once its run has a checkpoint, the files of the weights need not be there any more."""
     dtype = config.dtype or None
     try:
-        return load(config.model, dtype=dtype)
+        return load(config.model, dtype=dtype).with_format(config.make_format())
     except FileNotFoundError:
         folder = Path(config.directory).expanduser() / "checkpoints"
         if not folder.is_dir():
@@ -119,7 +120,8 @@ def _load(config: Config) -> Model:
         try:
             if (step := snapshots.last) is None:
                 raise
-            return load(config.model, dtype=dtype or snapshots.dtype(step), weights=False)
+            model = load(config.model, dtype=dtype or snapshots.dtype(step), weights=False)
+            return model.with_format(config.make_format())
         finally:
             snapshots.close()
 
@@ -204,7 +206,7 @@ def _placed(config: Config, model: Model, data: Prepared) -> Iterator[Model]:
             beside = directory if directory.is_dir() else None
             pages = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pages-", dir=beside)))
         how = config.make_estimator().direction, config.make_rounding()
-        stream = Stream(model.blocks, model.source, *how, plan, pages)
+        stream = Stream(model.blocks, model.source, *how, plan, pages, format=model.format)
         stack.callback(stream.close)
         yield model.replace(stream)
 
@@ -230,18 +232,24 @@ def trained_model(directory: str | Path, *, best: bool = False) -> tuple[int, Mo
     finally:
         snapshots.close()
     shapes = owned_shapes(model.blocks)
-    rank, rounding = config.make_estimator().direction.rank, config.make_rounding()
-    beside = {name: shapes_beside(like, rank, rounding) if rank else None for name, like in shapes.items()}
-    readers = {name: partial(_read, folder, step, name, like, beside[name]) for name, like in shapes.items()}
+    direction, layouts = config.make_estimator().direction, layouts_of(model.blocks, model.format)
+    readers = {}
+    for name, like in shapes.items():
+        stored = shapes_stored(like, layouts[name], masters=direction.refresh is not None)
+        beside = shapes_beside(layouts[name], direction.rank, config.make_rounding()) if direction.rank else None
+        readers[name] = partial(_read, folder, step, name, (stored, beside, like, layouts[name]))
     return step, model.replace(Source(readers))
 
 
-def _read(folder: Path, step: int, name: str, like: Params, beside: Params | None) -> Params:
+def _read(folder: Path, step: int, name: str, like: tuple[Params, Params | None, Params, Layout]) -> Params:
     """A block of a checkpoint, with every update; its files are open no longer than that takes."""
     snapshots = Snapshots(folder / "checkpoints")
     try:
-        leaves = snapshots.block(step, name, like)
-        return leaves if beside is None else merge(leaves, snapshots.block(step, name + BESIDE, beside))
+        stored, beside, shapes, layout = like
+        leaves = snapshots.block(step, name, stored)
+        if beside is None:
+            return leaves
+        return merge(leaves, snapshots.block(step, name + BESIDE, beside), shapes, layout)
     finally:
         snapshots.close()
 

@@ -1,6 +1,6 @@
 """The programs of a stream, compiled once for each kind of block: train, apply, forward without probes, generate."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import bits
+from pallas_kernels.quantized import Codes, quantize
 from zo2jax.directions import Direction
 from zo2jax.factored import Beside, Factors, basis_of
+from zo2jax.formats import Quantized
 from zo2jax.models.blocks import Block, Kind, Params, block_of, kinds, set_leaf
 from zo2jax.models.layers import Batch, Cache
 from zo2jax.pages import Layout, Place
@@ -27,10 +29,16 @@ class Stage:
     tied: tuple[tuple[str, Place], ...]
 
     def leaves(self, pages: Any, rest: Any, tied: Any) -> Params:
-        """The leaves as they are, tied ones filled in."""
-        leaves = self.layout.unpack(pages, rest)
-        for (name, place), page in zip(self.tied, tied, strict=True):
-            set_leaf(leaves, name, page[place.offset : place.offset + place.size].reshape(place.shape))
+        """The leaves as they are, tied ones filled in; codes as a `Quantized`, or decoded where no weight is taken."""
+        leaves = Layout((), (), self.layout.rest).unpack((), rest)
+        seen = [(name, place, pages) for name, place in self.layout.matrices]
+        seen += [(name, place, lent) for (name, place), lent in zip(self.tied, tied, strict=True)]
+        for name, place, there in seen:
+            matrix = place.of(there)
+            if isinstance(matrix, Codes):
+                weight = Quantized(matrix, place.dtype)
+                matrix = weight if self.kind.block.takes_weights else weight.array()
+            set_leaf(leaves, name, matrix)
         return leaves
 
 
@@ -58,15 +66,15 @@ def _matrices(
     if beside is None:
         own = Matrices(places, pages, ids[0], update, probes, **how)
         lent = [
-            Matrices([replace(place, page=0)], [page], ids[2][i : i + 1], None, probes, **how)
-            for i, ((_, place), page) in enumerate(zip(stage.tied, tied, strict=True))
+            Matrices([place], lent_pages, ids[2][i : i + 1], None, probes, **how)
+            for i, ((_, place), lent_pages) in enumerate(zip(stage.tied, tied, strict=True))
         ]
     else:
         rest = beside.basis, how["direction"]
         own = Factors(places, pages, ids[0], beside.own, update, probes, *rest)
         lent = [
-            Factors([replace(place, page=0)], [page], ids[2][i : i + 1], [p], None, probes, *rest)
-            for i, ((_, place), page, p) in enumerate(zip(stage.tied, tied, beside.tied, strict=True))
+            Factors([place], lent_pages, ids[2][i : i + 1], [p], None, probes, *rest)
+            for i, ((_, place), lent_pages, p) in enumerate(zip(stage.tied, tied, beside.tied, strict=True))
         ]
     seen = [(name, own, i) for i, (name, _) in enumerate(stage.layout.matrices)]
     return own, seen + [(name, m, 0) for (name, _), m in zip(stage.tied, lent, strict=True)]
@@ -144,29 +152,32 @@ def add(
     return Factors(places, (), ids[0], beside.own, update, (None, None), beside.basis, direction).sums, rest
 
 
-@partial(jax.jit, static_argnames=_STATIC, donate_argnames=("pages", "lows"))
+@partial(jax.jit, static_argnames=("kept", *_STATIC), donate_argnames=("pages", "masters"))
 def fold(
-    stage: Stage, pages: Any, lows: Any, beside: Beside, ids: Any, direction: Direction, rounding: Rounding
-) -> tuple[Any, Any]:
-    """The pages with what was beside them, and their residuals (`zo2jax.updates.residual`), if there are any."""
-    pages, lows = list(pages), None if lows is None else list(lows)
-    for i, (_, place) in enumerate(stage.layout.matrices):
-
-        def cut(page: jax.Array, place: Place = place) -> jax.Array:
-            return lax.slice(page, (place.offset,), (place.offset + place.size,)).reshape(place.shape)
-
-        def put(pages: list[jax.Array], matrix: jax.Array, place: Place = place) -> None:
-            pages[place.page] = lax.dynamic_update_slice(pages[place.page], matrix.reshape(-1), (place.offset,))
-
-        w, p, gone = cut(pages[place.page]), beside.own[i], beside.basis.gone
+    stage: Stage, kept: Layout, pages: Any, masters: Any, beside: Beside, ids: Any, direction: Direction,
+    rounding: Rounding,
+) -> tuple[Any, Any]:  # fmt: skip
+    """(pages, masters) with what was beside them; ``kept`` says how the masters lie (`zo2jax.pages.Layout.masters`)."""
+    pages, masters, master_of = list(pages), list(masters), dict(kept.matrices)
+    for i, (name, place) in enumerate(stage.layout.matrices):
+        w, p, gone = place.of(pages), beside.own[i], beside.basis.gone
         v = basis_of(beside.basis, ids[0][i], place.shape, direction)
-        if lows is not None and w.dtype == jnp.bfloat16:
-            w, low = split(folded(joined(w, cut(lows[place.page])), p, v, gone))
-            put(lows, low)
-        else:
+        if (master := master_of.get(name)) is None:
             w = folded(w, p, v, gone, rounding, bits.fold(jax.random.key_data(beside.basis.key), ids[0][i]))
-        put(pages, w)
-    return tuple(pages), None if lows is None else tuple(lows)
+        elif place.scale is None:
+            w, low = split(folded(joined(w, master.of(masters)), p, v, gone))
+            _put(masters, master, low)
+        else:
+            wide = lax.optimization_barrier(folded(master.of(masters), p, v, gone))
+            _put(masters, master, wide)
+            w, scale = quantize(wide, w.bits, w.group)
+            _put(pages, place.scale, scale)
+        _put(pages, place, w)
+    return tuple(pages), tuple(masters)
+
+
+def _put(pages: list[jax.Array], place: Place, values: jax.Array) -> None:
+    pages[place.page] = lax.dynamic_update_slice(pages[place.page], values.reshape(-1), (place.offset,))
 
 
 @partial(jax.jit, static_argnames=_STATIC, donate_argnames="cache")

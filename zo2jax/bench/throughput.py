@@ -20,7 +20,7 @@ from zo2jax.directions import lowrank, normal
 from zo2jax.estimators import Estimator, two_point
 from zo2jax.models.model import Model
 from zo2jax.optimizers import sgd
-from zo2jax.pages import Layout, layout_of
+from zo2jax.pages import Layout
 from zo2jax.plan import Plan, Tier, plan
 from zo2jax.plan.machine import link_rates
 from zo2jax.run import Run
@@ -192,7 +192,7 @@ def _moved(run: Run) -> tuple[list[Layout], list[Layout]]:
     stream = run.model.source
     assert isinstance(stream, Stream)
     tiers = {block: stream.tiers[block.name] for block in stream.blocks}
-    layouts = {block: layout_of(block) for block, tier in tiers.items() if tier != "device"}
+    layouts = {block: stream.layouts[block.name] for block, tier in tiers.items() if tier != "device"}
     return list(layouts.values()), [layout for block, layout in layouts.items() if tiers[block] == "disk"]
 
 

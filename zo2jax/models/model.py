@@ -49,6 +49,8 @@ class Model:
     source: Mapping[str, Params]
     folder: Path | None = None
     tokenizer: Any = None
+    format: Any = None
+    """How a run keeps the matrices, a `zo2jax.formats.Format`; as they are if None."""
 
     @property
     def params(self) -> Params:
@@ -70,6 +72,10 @@ class Model:
     def replace(self, source: Mapping[str, Params]) -> "Model":
         """The same model with other parameters."""
         return replace(self, source=source)
+
+    def with_format(self, format: Any) -> "Model":
+        """The same model, whose matrices a run keeps in a format such as ``zo2jax.int8()``; nothing is read yet."""
+        return replace(self, format=format)
 
     def with_loss(self, loss: Callable[[Any, Batch], jax.Array]) -> "Model":
         """The same model with another loss: ``loss(what the head gives, batch) -> float32 [examples]``.

@@ -17,7 +17,7 @@ from zo2jax.directions import matrix_shape
 from zo2jax.estimators import Estimator, two_point
 from zo2jax.models.blocks import block_of, kinds, owned_shapes
 from zo2jax.models.model import Model
-from zo2jax.pages import Layout, flat
+from zo2jax.pages import flat, layouts_of
 from zo2jax.plan.liveness import Needs, needs_of
 from zo2jax.plan.machine import Machine, measure_disk, measure_machine
 
@@ -279,7 +279,7 @@ class _Work:
     def of(cls, model: Model, estimator: Estimator, batch: Any, prefetch: int) -> "_Work":
         """Looks at each kind of block once."""
         shapes = owned_shapes(model.blocks)
-        layouts = {name: Layout.of(leaves) for name, leaves in shapes.items()}
+        layouts = layouts_of(model.blocks, model.format)
         vectors = sum(_nbytes(flat(shapes[name])[leaf]) for name, layout in layouts.items() for leaf in layout.rest)
         rank = estimator.direction.rank
         matrices = [place for layout in layouts.values() for _, place in layout.matrices]
