@@ -17,18 +17,17 @@ PUBLIC = sorted(
 
 # Each module may import from those before it.
 LAYERS = [
-    {"directions"},
+    {"directions", "formats"},
     {"updates", "estimators", "optimizers"},
     {"mezo"},
     {"models"},
-    {"formats"},
     {"pages"},
     {"probes", "factored", "link", "stores", "plan"},
     {"visits"},
     {"stream", "objectives", "metrics"},
     {"checkpoint", "run"},
     {"tasks", "config"},
-    {"train"},
+    {"train", "quantize"},
     {"demo", "bench"},
     {"cli"},
 ]

@@ -376,5 +376,5 @@ def test_visits_are_compiled_once_and_before_the_sweep(tmp_path, caplog):
         with jax.log_compiles(), caplog.at_level("WARNING"):
             for batch in batches(2, rows=5):  # rows no other test has, or their programs are in the process already
                 run.step(batch)
-        programs = [n for n, r in enumerate(caplog.records) if "XLA compilation of jit(train)" in r.getMessage()]
+        programs = [n for n, r in enumerate(caplog.records) if "XLA compilation of jit(_train)" in r.getMessage()]
     assert len(programs) == 4 and max(programs) < began[0]

@@ -11,9 +11,11 @@ import jax
 from zo2jax import __version__, demo, train
 from zo2jax.bench import commands as bench
 from zo2jax.config import load_config
+from zo2jax.formats import Format, int4, int8
 from zo2jax.models.generation import Choose, greedy, sampling
 from zo2jax.models.hub import export, load
 from zo2jax.models.tokenizers import ChatTemplate
+from zo2jax.quantize import quantize
 
 _INTERRUPTED = 130
 
@@ -53,6 +55,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-o", "--output", required=True, help="the folder to make")
     sub.add_argument("--best", action="store_true", help="the checkpoint with the best held-out loss, not the last")
 
+    sub = commands.add_parser("quantize", help="write a model with its matrices as int8 or int4 codes")
+    sub.add_argument("model", help="a Hugging Face folder or hub id")
+    sub.add_argument("--format", choices=("int8", "int4"), required=True, help="the codes")
+    sub.add_argument("--group", type=int, help="columns that share a scale (a whole row of int8, 64 of int4)")
+    sub.add_argument("--keep", action="append", default=[], metavar="PATTERN", help="leaves that stay; may be repeated")
+    sub.add_argument("--limit", type=float, default=float("inf"), help="leaves whose relative error is above it stay")
+    sub.add_argument("-o", "--output", required=True, help="the folder to make")
+
     sub = commands.add_parser("demo", help="adapt the model that comes with the package; offline, a few minutes")
     add_overrides(sub)
 
@@ -72,12 +82,21 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"step {step}  {line}")
     elif arguments.command == "generate":
         _generate(arguments)
+    elif arguments.command == "quantize":
+        print(quantize(load(arguments.model), _format(arguments), arguments.output, limit=arguments.limit))
     elif arguments.command == "bench":
         bench.run(arguments)
     else:
         _, model = train.trained_model(arguments.run, best=arguments.best)
         print(export(model, arguments.output))
     return 0
+
+
+def _format(arguments: argparse.Namespace) -> Format:
+    keep, group = tuple(arguments.keep), arguments.group
+    if arguments.format == "int4":
+        return int4(group=64 if group is None else group, keep=keep)
+    return int8(keep=keep) if group is None else int8("group", group=group, keep=keep)
 
 
 def _generate(arguments: argparse.Namespace) -> None:

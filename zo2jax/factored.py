@@ -21,9 +21,9 @@ from pallas_kernels import bits
 from pallas_kernels.quantized import Codes
 from pallas_kernels.reference import decayed
 from zo2jax.directions import Direction, expand, factors, matrix_shape
-from zo2jax.formats import cut, dense, rows_of, times
 from zo2jax.models.blocks import Params, set_leaf
 from zo2jax.models.layers import product
+from zo2jax.models.quantized import cut, dense, rows_of, times
 from zo2jax.pages import Layout, Place, encoded, flat
 from zo2jax.updates import Rounding, Update, by_leaf, combined, folded, joined, residual
 

@@ -1,16 +1,16 @@
 """How matrices are kept: as they are, or as int8 or int4 codes with a scale for each row, or each group of columns."""
 
 import fnmatch
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
 
-from pallas_kernels.quantized import Codes, decode
-from zo2jax.models.layers import product
+from pallas_kernels.quantized import Codes, decode, quantize
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,6 @@ class Format:
     int4(group=32, keep=('embed.*', 'head.*'))
     """
 
-    name: str
     bits: int
     group: int | None
     """The most columns that share a scale; None for a whole row."""
@@ -33,7 +32,8 @@ class Format:
     """Patterns of leaves that stay as they are, such as ``*.attn.*``."""
 
     def __repr__(self) -> str:
-        return self.name
+        said = [f"group={self.group}"] if self.bits == 4 else [f"'group', group={self.group}"] if self.group else []
+        return f"int{self.bits}({', '.join(said + [f'keep={self.keep}'] * bool(self.keep))})"
 
     def group_of(self, leaf: str, shape: tuple[int, ...]) -> int | None:
         """The columns of this leaf that share a scale, a divisor of their number; None if it stays as it is.
@@ -46,6 +46,34 @@ class Format:
         most = min(self.group or shape[1], shape[1])
         return next(n for n in range(most, 0, -1) if shape[1] % n == 0)
 
+    def keeping(self, leaves: Sequence[str]) -> "Format":
+        """The same format, but for these leaves.
+
+        >>> int8().keeping(["head.weight"])
+        int8(keep=('head.weight',))
+        """
+        return replace(self, keep=(*self.keep, *leaves))
+
+    def errors(self, block: str, leaves: Mapping[str, Any]) -> dict[str, float]:
+        """By leaf that becomes codes, |W - decoded| / |W| in the Frobenius norm; ``leaves`` by dotted name.
+
+        >>> int4(group=2).errors("head", {"weight": np.array([[7.0, 1.0, 0.0, 0.0]])})
+        {'head.weight': 0.0}
+        """
+        found = {}
+        for name, w in leaves.items():
+            if (group := self.group_of(f"{block}.{name}", w.shape)) is not None:
+                found[f"{block}.{name}"] = float(_error(jnp.asarray(w, jnp.float32), self.bits, group))
+        return found
+
+    def as_json(self) -> dict[str, Any]:
+        """What `from_json` reads.
+
+        >>> from_json(int4(group=32).as_json())
+        int4(group=32)
+        """
+        return {"bits": self.bits, "group": self.group, "keep": list(self.keep)}
+
 
 def int8(per: str = "channel", *, group: int = 128, keep: tuple[str, ...] = ()) -> Format:
     """int8 codes: one byte a weight, a scale for each row ("channel"), or for each ``group`` of its columns.
@@ -54,12 +82,11 @@ def int8(per: str = "channel", *, group: int = 128, keep: tuple[str, ...] = ()) 
         ValueError: for another ``per``, or a group below 1.
 
     >>> int8()
-    int8(per='channel', keep=())
+    int8()
     """
     if per not in ("channel", "group"):
         raise ValueError(f"per is {per!r}, expected 'channel' or 'group'")
-    of_group = "" if per == "channel" else f", group={_positive(group)}"
-    return Format(f"int8(per={per!r}{of_group}, keep={keep!r})", 8, group if per == "group" else None, tuple(keep))
+    return Format(8, _positive(group) if per == "group" else None, tuple(keep))
 
 
 def int4(*, group: int = 64, keep: tuple[str, ...] = ()) -> Format:
@@ -71,7 +98,7 @@ def int4(*, group: int = 64, keep: tuple[str, ...] = ()) -> Format:
     >>> int4().bits
     4
     """
-    return Format(f"int4(group={_positive(group)}, keep={keep!r})", 4, group, tuple(keep))
+    return Format(4, _positive(group), tuple(keep))
 
 
 def _positive(group: int) -> int:
@@ -80,82 +107,39 @@ def _positive(group: int) -> int:
     return group
 
 
-def times(x: jax.Array, matrix: jax.Array | Codes, dtype: Any) -> jax.Array:
-    """x W^T in ``dtype``, accumulated in float32: x [..., n_in], W [n_out, n_in].
+def from_json(values: Mapping[str, Any]) -> Format:
+    """The format that `Format.as_json` described.
 
-    int8 codes with a scale a row are exact in 16 bits, and the scale is applied to the product; others are decoded to
-    the dtype of x first.
+    Raises:
+        ValueError: for anything else.
 
-    >>> from pallas_kernels.quantized import quantize
-    >>> times(jnp.ones((1, 2)), quantize(jnp.array([[63.5, -127.0]]), 8), jnp.float32).tolist()
-    [[-63.0]]
+    >>> from_json({"bits": 8, "group": None, "keep": []})
+    int8()
     """
-    if not isinstance(matrix, Codes):
-        return product(x, matrix, dtype)
-    if matrix.bits == 8 and matrix.group == matrix.shape[1]:
-        wide = jnp.float32 if dtype == jnp.float16 else dtype  # whose range sums of codes leave
-        return (product(x, matrix.codes, wide).astype(jnp.float32) * matrix.scale[:, 0]).astype(dtype)
-    return product(x, decode(matrix, x.dtype), dtype)
+    try:
+        bits, group, keep = values["bits"], values["group"], tuple(map(str, values["keep"]))
+        return {8: lambda: int8("group" if group else "channel", group=group or 1, keep=keep),
+                4: lambda: int4(group=group, keep=keep)}[bits]()  # fmt: skip
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"format {values}: expected bits 8 or 4, group and keep") from error
 
 
-def rows_of(matrix: jax.Array | Codes, ids: jax.Array) -> jax.Array:
-    """The rows of these indices, float32 [*ids.shape, n_in].
+@partial(jax.jit, static_argnums=(1, 2))
+def _error(w: jax.Array, bits: int, group: int) -> jax.Array:
+    off = w - decode(quantize(w, bits, group), jnp.float32)
+    return jnp.linalg.norm(off) / jnp.maximum(jnp.linalg.norm(w), np.float32(1e-30))
 
-    >>> rows_of(jnp.eye(2), jnp.array([[1, 1]])).tolist()
-    [[[0.0, 1.0], [0.0, 1.0]]]
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _encode(w: jax.Array, bits: int, group: int) -> Codes:
+    return quantize(w, bits, group)
+
+
+def encode(matrix: Any, bits: int, group: int) -> Codes:
+    """The codes of a matrix: on the device, or as NumPy arrays like the matrix.
+
+    >>> encode(np.ones((2, 4), np.float32), 4, 4).codes.tolist()
+    [[119, 119], [119, 119]]
     """
-    if not isinstance(matrix, Codes):
-        return matrix[ids].astype(jnp.float32)
-    found = Codes(*(x[ids.reshape(-1)] for x in matrix))
-    return decode(found, jnp.float32).reshape(*ids.shape, -1)
-
-
-def cut(matrix: Any, start: jax.Array, count: int) -> Any:
-    """``count`` rows from ``start``.
-
-    >>> cut(jnp.eye(3), jnp.int32(1), 1).tolist()
-    [[0.0, 1.0, 0.0]]
-    """
-    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, count), matrix)
-
-
-def dense(matrix: jax.Array | Codes, dtype: Any) -> jax.Array:
-    """The matrix as an array.
-
-    >>> dense(jnp.eye(1), jnp.bfloat16).dtype
-    dtype(bfloat16)
-    """
-    return decode(matrix, dtype) if isinstance(matrix, Codes) else matrix.astype(dtype)
-
-
-class Quantized:
-    """A matrix of codes, a `zo2jax.models.layers.Weight`.
-
-    >>> from pallas_kernels.quantized import quantize
-    >>> Quantized(quantize(jnp.eye(4), 4), jnp.bfloat16).array().tolist()[0]
-    [1.0, 0.0, 0.0, 0.0]
-    """
-
-    def __init__(self, codes: Codes, dtype: Any):
-        """``dtype`` is that of the matrix where it is an array."""
-        self._codes, self.shape, self.dtype = codes, codes.shape, jnp.dtype(dtype)
-
-    def __getitem__(self, key: Any) -> "Quantized":
-        """Itself: Flax variables are read as ``variable[...]``."""
-        return self
-
-    def product(self, x: jax.Array, dtype: Any) -> jax.Array:
-        """X [..., n_in] -> x W^T in ``dtype``."""
-        return times(x, self._codes, dtype)
-
-    def array(self) -> jax.Array:
-        """The matrix itself."""
-        return dense(self._codes, self.dtype)
-
-    def rows(self, ids: jax.Array) -> jax.Array:
-        """The rows of these indices, float32 [*ids.shape, n_in]."""
-        return rows_of(self._codes, ids)
-
-    def slabs(self) -> Callable[[jax.Array, int], "Quantized"]:
-        """Rows as matrices of their own."""
-        return lambda start, count: Quantized(cut(self._codes, start, count), self.dtype)
+    codes = _encode(jnp.asarray(matrix), bits, group)
+    return codes if isinstance(matrix, jax.Array) else jax.tree.map(np.asarray, codes)

@@ -16,9 +16,9 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.perturb import ALIGNMENT
-from pallas_kernels.quantized import Codes, quantize
+from pallas_kernels.quantized import Codes
 from zo2jax.directions import is_trained
-from zo2jax.formats import Format
+from zo2jax.formats import Format, encode
 from zo2jax.models.blocks import Block, Params, owned_shapes, set_leaf
 
 
@@ -155,9 +155,6 @@ class _Pages:
         return place
 
 
-_encode = jax.jit(quantize, static_argnums=(1, 2))
-
-
 def encoded(matrix: Any, place: Place) -> Codes:
     """The codes of a matrix for a place that holds codes: on the device, or in host memory like the matrix.
 
@@ -167,8 +164,7 @@ def encoded(matrix: Any, place: Place) -> Codes:
     [[119, 119], [119, 119]]
     """
     assert place.scale is not None
-    codes = _encode(jnp.asarray(matrix), 8 // place.packed, place.shape[1] // place.scale.shape[1])
-    return codes if isinstance(matrix, jax.Array) else jax.tree.map(np.asarray, codes)
+    return encode(matrix, 8 // place.packed, place.shape[1] // place.scale.shape[1])
 
 
 def _copy(leaf: Any, place: Place, pages: list[np.ndarray]) -> None:

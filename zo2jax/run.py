@@ -157,7 +157,7 @@ class Run:
             write_once(self.directory / "config.json", config, may_grow)
         except OSError as error:
             raise type(error)(f"the run directory {self.directory} cannot be written ({error})") from error
-        self._model = bare
+        self._model = bare.with_format(None)  # what is looked at is arrays
         self._snapshots = Snapshots(self.directory / "checkpoints")
         source: Mapping[str, Any] = model.source
         layouts, masters = layouts_of(model.blocks, model.format), estimator.direction.refresh is not None

@@ -24,7 +24,7 @@ from zo2jax.directions import Direction, leaf_ids, matrix_shape
 from zo2jax.factored import Basis, Beside, after, basis_of, merge
 from zo2jax.formats import Format
 from zo2jax.link import Copy, StoreError
-from zo2jax.models.blocks import Block, Params, Visit, block_of, owned_shapes, set_leaf
+from zo2jax.models.blocks import Block, Params, Source, Visit, block_of, owned_shapes, set_leaf
 from zo2jax.models.layers import Batch, Cache
 from zo2jax.pages import flat, layouts_of
 from zo2jax.plan import Plan, room
@@ -342,7 +342,8 @@ class Stream(Mapping[str, Params]):
 
         def read(i: int) -> None:
             name = self.blocks[i].name
-            leaves, layout = source[name], self.layouts[name]
+            leaves = source.coded(name) if isinstance(source, Source) else source[name]
+            layout = self.layouts[name]
             named = flat(leaves)
             self._rest[i] = {name: jnp.array(named[name]) for name in layout.rest}
             self._stores[i] = self._kept.keep(name, self.tiers[name], layout, leaves)

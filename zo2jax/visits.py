@@ -12,9 +12,9 @@ from pallas_kernels import bits
 from pallas_kernels.quantized import Codes, quantize
 from zo2jax.directions import Direction
 from zo2jax.factored import Beside, Factors, basis_of
-from zo2jax.formats import Quantized
 from zo2jax.models.blocks import Block, Kind, Params, block_of, kinds, set_leaf
 from zo2jax.models.layers import Batch, Cache
+from zo2jax.models.quantized import Quantized
 from zo2jax.pages import Layout, Place
 from zo2jax.probes import Matrices
 from zo2jax.updates import Rounding, Update, folded, joined, move, split

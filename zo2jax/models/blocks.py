@@ -107,15 +107,27 @@ class Source(Mapping[str, Params]):
     Args:
         readers: by block, a function that gives its leaves: nested dictionaries of NumPy or JAX arrays.
         concurrent: whether several blocks may be read at once, as from files; those that are made take memory.
+        codes: by block, what gives matrices that are kept as codes as {"codes": .., "scale": ..}; the others as well.
 
     >>> source = Source({"norm": lambda: {"scale": jax.numpy.ones(4)}})
     >>> list(source), source["norm"]["scale"].shape
     (['norm'], (4,))
     """
 
-    def __init__(self, readers: Mapping[str, Callable[[], Params]], *, concurrent: bool = False):
+    def __init__(
+        self,
+        readers: Mapping[str, Callable[[], Params]],
+        *,
+        concurrent: bool = False,
+        codes: Mapping[str, Callable[[], Params]] | None = None,
+    ):
         """Reads nothing."""
         self._readers, self.concurrent = dict(readers), concurrent
+        self._codes = self._readers if codes is None else codes
+
+    def coded(self, block: str) -> Params:
+        """Reads one block, in which codes are as they are."""
+        return self._codes[block]()
 
     def __getitem__(self, block: str) -> Params:
         """Reads one block."""

@@ -18,6 +18,8 @@ import numpy as np
 from flax import nnx
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
 
+from pallas_kernels.quantized import Codes, decode
+from zo2jax.formats import encode, from_json
 from zo2jax.models.blocks import Params, Source, block_of, get_leaf, owned_shapes, set_leaf
 from zo2jax.models.decoder import Decoder
 from zo2jax.models.gpt2 import Gpt2Config
@@ -27,7 +29,7 @@ from zo2jax.models.llama import LlamaConfig
 from zo2jax.models.model import Model
 from zo2jax.models.opt import OptConfig
 from zo2jax.models.qwen3 import Qwen3Config
-from zo2jax.models.tensors import FLOATS, Tensor, Writer, byte_size, open_tensors
+from zo2jax.models.tensors import FLOATS, CodedTensor, Tensor, Writer, byte_size, open_tensors
 from zo2jax.models.tokenizers import read_tokenizer
 
 CONFIGS: dict[str, type[Decoder]] = {c.model_type: c for c in (LlamaConfig, Qwen3Config, OptConfig, Gpt2Config)}
@@ -45,6 +47,8 @@ _TOKENIZER_FILES = (
     "generation_config.json",
 )
 _SHARD_SIZE = "2GB"
+_FORMAT = "zo2jax_format"
+"""Of config.json: how matrices are kept. Those that are codes lie there as ``NAME.codes`` and ``NAME.scale``."""
 
 
 def resolve(source: str | Path) -> Path:
@@ -109,10 +113,13 @@ def _find(name: str, tensors: Mapping[str, Tensor]) -> str | None:
     return next((n for n in (name, *(p + bare for p in _PREFIXES)) if n in tensors), None)
 
 
-def match(config: Decoder, tensors: Mapping[str, Tensor], *, new_head: bool = False) -> dict[str, Tensor]:
+def match(
+    config: Decoder, tensors: Mapping[str, Tensor], *, new_head: bool = False, dtype: str | None = None
+) -> dict[str, Tensor]:
     """The tensor of each leaf, by the leaf's name; nothing is read.
 
-    With ``new_head`` the file may lack the head, whose leaves are left out then.
+    With ``new_head`` the file may lack the head, whose leaves are left out then. Matrices may be there as codes, in two
+    tensors; ``dtype`` is that of such a matrix.
 
     Raises:
         ValueError: naming every missing, unexpected and misshapen tensor at once.
@@ -123,6 +130,7 @@ def match(config: Decoder, tensors: Mapping[str, Tensor], *, new_head: bool = Fa
     (128, 128)
     """
     shapes, names = owned_shapes(config.blocks()), config.hub_names()
+    tensors = _with_matrices(tensors, dtype or "float32")
     found = {ours: _find(theirs, tensors) for ours, theirs in names.items()}
     if new_head and not config.shares_matrix and found["head.weight"] is None:
         found = {ours: name for ours, name in found.items() if ours not in ("head.weight", "head.bias")}
@@ -134,7 +142,8 @@ def match(config: Decoder, tensors: Mapping[str, Tensor], *, new_head: bool = Fa
     wrong = []
     for ours, tensor in matched.items():
         expected = get_leaf(shapes, ours).shape
-        expected = expected[::-1] if config.transposed(ours) else expected
+        turned = config.transposed(ours) and not isinstance(tensor, CodedTensor)
+        expected = expected[::-1] if turned else expected
         if tensor.shape != expected:
             wrong.append(f"{names[ours]} is {list(tensor.shape)}, expected {list(expected)}")
         elif tensor.dtype not in FLOATS:
@@ -145,6 +154,28 @@ def match(config: Decoder, tensors: Mapping[str, Tensor], *, new_head: bool = Fa
     if problems:
         raise ValueError("the weights do not fit config.json: " + "; ".join(problems))
     return matched
+
+
+def _with_matrices(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """The tensors of a file; what lies there as codes and scales, as one of the matrix's name."""
+    found = {name: x for name, x in tensors.items() if not name.endswith((".codes", ".scale"))}
+    for name in [name.removesuffix(".codes") for name in tensors if name.endswith(".codes")]:
+        if (scale := tensors.get(f"{name}.scale")) is None:
+            continue  # reported as missing
+        codes = tensors[f"{name}.codes"]
+        shape = codes.shape[0], codes.shape[1] * (1 if codes.dtype == "int8" else 2)
+        read = partial(_read_codes, codes, scale)
+        found[name] = CodedTensor(shape, dtype, partial(_decode, read), read)
+    return found
+
+
+def _read_codes(codes: Tensor, scale: Tensor) -> dict[str, np.ndarray]:
+    return {"codes": codes.read(), "scale": scale.read()}
+
+
+def _decode(read: Callable[[], dict[str, np.ndarray]]) -> np.ndarray:
+    codes = read()
+    return np.asarray(decode(Codes(jnp.asarray(codes["codes"]), jnp.asarray(codes["scale"])), jnp.float32))
 
 
 def _new_head(config: Decoder, dtype: Any) -> Params:
@@ -161,18 +192,21 @@ def _source(config: Decoder, matched: Mapping[str, Tensor], dtype: np.dtype) -> 
     blocks = [block.name for block in config.blocks()]
     new_head = "head.weight" not in matched and not config.shares_matrix
     leaves: dict[str, dict[str, Callable[[], Any]]] = {block: {} for block in blocks}
+    codes: dict[str, dict[str, Callable[[], Any]]] = {block: {} for block in blocks}
     for ours, tensor in matched.items():
         block, is_matrix = block_of(ours, blocks), len(tensor.shape) > 1
         kept = dtype if is_matrix else np.dtype(np.float32)
         leaves[block][ours] = partial(tensor.array, kept, transposed=config.transposed(ours))
+        codes[block][ours] = tensor.codes if isinstance(tensor, CodedTensor) else leaves[block][ours]
 
-    def read(block: str) -> Params:
+    def read(block: str, leaves: Any) -> Params:
         params = _new_head(config, dtype) if block == "head" and new_head else {}
         for ours, leaf in leaves[block].items():
             set_leaf(params, ours[len(block) + 1 :], leaf())
         return params
 
-    return Source({block: partial(read, block) for block in blocks}, concurrent=True)
+    readers, coded = ({block: partial(read, block, x) for block in blocks} for x in (leaves, codes))
+    return Source(readers, concurrent=True, codes=coded)
 
 
 def load(source: str | Path, *, dtype: Any = None, head: HeadKind | None = None, weights: bool = True) -> Model:
@@ -213,13 +247,14 @@ def load(source: str | Path, *, dtype: Any = None, head: HeadKind | None = None,
             config, blocks, Source({b.name: partial(_without_weights, folder) for b in blocks}), folder, tokenizer
         )
     try:
-        matched = match(config, open_tensors(folder), new_head=head is not None)
+        format = from_json(raw[_FORMAT]) if _FORMAT in raw else None
+        matched = match(config, open_tensors(folder), new_head=head is not None, dtype=raw.get("torch_dtype"))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     if dtype is None:
         stored = {tensor.dtype for tensor in matched.values() if len(tensor.shape) > 1}
         dtype = jnp.dtype(stored.pop() if len(stored) == 1 else jnp.float32)
-    return Model(config, config.blocks(dtype), _source(config, matched, dtype), folder, tokenizer)
+    return Model(config, config.blocks(dtype), _source(config, matched, dtype), folder, tokenizer, format)
 
 
 def _without_weights(folder: Path) -> Params:
@@ -237,7 +272,11 @@ def _write_weights(model: Model, folder: Path) -> None:
     for ours in itertools.chain(*members.values()):  # block by block, so that few have leaves in two shards
         leaf = get_leaf(shapes, ours)
         shape = leaf.shape[::-1] if config.transposed(ours) else leaf.shape
-        tensors[hub_names[ours]] = jax.ShapeDtypeStruct(shape, leaf.dtype)
+        if (coded := _coding(model, ours, leaf.shape)) is None:
+            tensors[hub_names[ours]] = jax.ShapeDtypeStruct(shape, leaf.dtype)
+            continue
+        for part, x in _coded_shapes(leaf.shape, *coded).items():
+            tensors[f"{hub_names[ours]}.{part}"] = x
     split = split_state_dict_into_shards_factory(
         tensors,
         get_storage_size=byte_size,
@@ -257,10 +296,28 @@ def _write_weights(model: Model, folder: Path) -> None:
         leaves = {block: model.source[block]}
         for ours in members[block]:
             name, array = hub_names[ours], _on_host(get_leaf(leaves, ours))
-            writers[split.tensor_to_filename[name]].write(name, array.T if config.transposed(ours) else array)
+            parts = {name: array.T if config.transposed(ours) else array}
+            if (coded := _coding(model, ours, array.shape)) is not None:
+                parts = {f"{name}.{part}": np.asarray(x) for part, x in encode(array, *coded)._asdict().items()}
+            for part, x in parts.items():
+                writers[split.tensor_to_filename[part]].write(part, x)
 
     for block in filter(members.get, members):
         write(block)
+
+
+def _coding(model: Model, name: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """(bits, the columns that share a scale) of a leaf that is written as codes."""
+    if model.format is None or len(shape) < 2:
+        return None
+    group = model.format.group_of(name, shape)
+    return None if group is None else (model.format.bits, group)
+
+
+def _coded_shapes(shape: tuple[int, ...], bits: int, group: int) -> dict[str, Any]:
+    rows, columns = shape
+    codes = jax.ShapeDtypeStruct((rows, columns * bits // 8), jnp.int8 if bits == 8 else jnp.uint8)
+    return {"codes": codes, "scale": jax.ShapeDtypeStruct((rows, columns // group), jnp.float32)}
 
 
 def _on_host(leaf: Any) -> np.ndarray:
@@ -281,6 +338,9 @@ def _write(model: Model, folder: Path) -> None:
         raw = kept | {name: raw[name] for name in raw.keys() & about_head}  # keeps what only other readers need
     raw.pop("dtype", None)
     raw["torch_dtype"] = str(model.dtype)  # the name that transformers 4 and 5 both read
+    raw.pop(_FORMAT, None)
+    if model.format is not None:
+        raw[_FORMAT] = model.format.as_json()
     (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n")
     for name in _TOKENIZER_FILES:
         if model.folder is not None and (model.folder / name).is_file():
@@ -292,9 +352,9 @@ def _write(model: Model, folder: Path) -> None:
 def export(model: Model, folder: str | Path) -> Path:
     """Writes a model as a Hugging Face folder that `load` and ``transformers`` read; returns the folder.
 
-    Weights are written as they are (matrices in the model's dtype, one-dimensional leaves in float32), in shards
-    of at most 2 GB, block by block: each is read once, and no two are held. The folder appears at once, complete, or
-    not at all.
+    Weights are written as they are (matrices in the model's dtype, one-dimensional leaves in float32), or, of a model
+    with a format, as codes, which `load` alone reads; in shards of at most 2 GB, block by block: each is read once, and
+    no two are held. The folder appears at once, complete, or not at all.
 
     Raises:
         FileExistsError: if ``folder`` exists and is not empty; nothing is overwritten.
@@ -303,13 +363,26 @@ def export(model: Model, folder: str | Path) -> Path:
     """
     if model.config is None:
         raise ValueError("a model of zo2jax.blocks has no Hugging Face layout: take its params, or those of run.model")
-    target = Path(folder).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists and is not empty: name a new folder to export to")
+    target = check_new(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
         complete = Path(scratch) / "complete"
         complete.mkdir()
         _write(model, complete)
         os.replace(complete, target)
+    return target
+
+
+def check_new(folder: str | Path) -> Path:
+    """The path of a folder that is not there yet, or empty.
+
+    Raises:
+        FileExistsError: if it is neither.
+
+    >>> check_new("no/such/folder").name
+    'folder'
+    """
+    target = Path(folder).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists and is not empty: name a new folder to export to")
     return target

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from zo2jax.formats import Format
 from zo2jax.models.blocks import (
     Block,
     LossOfOutputs,
@@ -49,7 +50,7 @@ class Model:
     source: Mapping[str, Params]
     folder: Path | None = None
     tokenizer: Any = None
-    format: Any = None
+    format: Format | None = None
     """How a run keeps the matrices, a `zo2jax.formats.Format`; as they are if None."""
 
     @property
@@ -73,7 +74,7 @@ class Model:
         """The same model with other parameters."""
         return replace(self, source=source)
 
-    def with_format(self, format: Any) -> "Model":
+    def with_format(self, format: Format | None) -> "Model":
         """The same model, whose matrices a run keeps in a format such as ``zo2jax.int8()``; nothing is read yet."""
         return replace(self, format=format)
 

@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 FLOATS: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 """The dtypes of weights by name. Safetensors keep the tensors of a file in this order, those of one dtype by name."""
 
-_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8", "uint8": "U8"}
 _NAMES = {code: name for name, code in _CODES.items()}
+_DTYPES = FLOATS | {"int8": np.int8, "uint8": np.uint8}
 _NAMES |= {f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)} | {"F64": "float64", "BOOL": "bool"}
 
 
@@ -43,6 +44,22 @@ class Tensor:
         array = self.read()
         with np.errstate(over="ignore", invalid="ignore"):
             return np.require(array.T if transposed else array, dtype, ["C", "A"])
+
+
+@dataclass(frozen=True)
+class CodedTensor(Tensor):
+    """A matrix whose file holds its codes and their scales, both as the matrix lies in the model.
+
+    >>> CodedTensor((1, 2), "float32", lambda: np.ones((1, 2)), lambda: {}).array(np.float32, transposed=True).shape
+    (1, 2)
+    """
+
+    codes: Callable[[], dict[str, np.ndarray]]
+    """Reads {"codes": .., "scale": ..}."""
+
+    def array(self, dtype: Any, *, transposed: bool = False) -> np.ndarray:
+        """The matrix that the codes stand for, which is never transposed."""
+        return super().array(dtype)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -106,7 +123,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
     def read(entry: dict[str, Any]) -> np.ndarray:
         start, end = (begin + offset for offset in entry["data_offsets"])
-        dtype, shape = FLOATS[_NAMES[entry["dtype"]]], entry["shape"]
+        dtype, shape = _DTYPES[_NAMES[entry["dtype"]]], entry["shape"]
         if start == end:
             return np.frombuffer(b"", dtype).reshape(shape)
         first = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
@@ -179,7 +196,7 @@ class Writer:
     def __init__(self, path: Path, shapes: Mapping[str, Any], metadata: Mapping[str, str]):
         """Writes the header."""
         self._path, self._shapes, self._starts = path, dict(shapes), {}
-        order, end = list(FLOATS), 0
+        order, end = list(_CODES), 0
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         for name, like in sorted(shapes.items(), key=lambda item: (order.index(str(item[1].dtype)), item[0])):
             self._starts[name], end = end, end + byte_size(like)

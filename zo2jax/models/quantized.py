@@ -1,0 +1,92 @@
+"""Products with matrices of codes, and their rows; arrays go through the same functions."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.quantized import Codes, decode
+from zo2jax.models.layers import product
+
+
+def times(x: jax.Array, matrix: jax.Array | Codes, dtype: Any) -> jax.Array:
+    """x W^T in ``dtype``, accumulated in float32: x [..., n_in], W [n_out, n_in].
+
+    int8 codes with a scale a row are exact in 16 bits, and the scale is applied to the product; others are decoded to
+    the dtype of x first.
+
+    >>> from pallas_kernels.quantized import quantize
+    >>> times(jnp.ones((1, 2)), quantize(jnp.array([[63.5, -127.0]]), 8), jnp.float32).tolist()
+    [[-63.0]]
+    """
+    if not isinstance(matrix, Codes):
+        return product(x, matrix, dtype)
+    if matrix.bits == 8 and matrix.group == matrix.shape[1]:
+        wide = jnp.float32 if dtype == jnp.float16 else dtype  # whose range sums of codes leave
+        return (product(x, matrix.codes, wide).astype(jnp.float32) * matrix.scale[:, 0]).astype(dtype)
+    return product(x, decode(matrix, x.dtype), dtype)
+
+
+def rows_of(matrix: jax.Array | Codes, ids: jax.Array) -> jax.Array:
+    """The rows of these indices, float32 [*ids.shape, n_in].
+
+    >>> rows_of(jnp.eye(2), jnp.array([[1, 1]])).tolist()
+    [[[0.0, 1.0], [0.0, 1.0]]]
+    """
+    if not isinstance(matrix, Codes):
+        return matrix[ids].astype(jnp.float32)
+    found = Codes(*(x[ids.reshape(-1)] for x in matrix))
+    return decode(found, jnp.float32).reshape(*ids.shape, -1)
+
+
+def cut(matrix: Any, start: jax.Array, count: int) -> Any:
+    """``count`` rows from ``start``.
+
+    >>> cut(jnp.eye(3), jnp.int32(1), 1).tolist()
+    [[0.0, 1.0, 0.0]]
+    """
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, count), matrix)
+
+
+def dense(matrix: jax.Array | Codes, dtype: Any) -> jax.Array:
+    """The matrix as an array.
+
+    >>> dense(jnp.eye(1), jnp.bfloat16).dtype
+    dtype(bfloat16)
+    """
+    return decode(matrix, dtype) if isinstance(matrix, Codes) else matrix.astype(dtype)
+
+
+class Quantized:
+    """A matrix of codes, a `zo2jax.models.layers.Weight`.
+
+    >>> from pallas_kernels.quantized import quantize
+    >>> Quantized(quantize(jnp.eye(4), 4), jnp.bfloat16).array().tolist()[0]
+    [1.0, 0.0, 0.0, 0.0]
+    """
+
+    def __init__(self, codes: Codes, dtype: Any):
+        """``dtype`` is that of the matrix where it is an array."""
+        self._codes, self.shape, self.dtype = codes, codes.shape, jnp.dtype(dtype)
+
+    def __getitem__(self, key: Any) -> "Quantized":
+        """Itself: Flax variables are read as ``variable[...]``."""
+        return self
+
+    def product(self, x: jax.Array, dtype: Any) -> jax.Array:
+        """X [..., n_in] -> x W^T in ``dtype``."""
+        return times(x, self._codes, dtype)
+
+    def array(self) -> jax.Array:
+        """The matrix itself."""
+        return dense(self._codes, self.dtype)
+
+    def rows(self, ids: jax.Array) -> jax.Array:
+        """The rows of these indices, float32 [*ids.shape, n_in]."""
+        return rows_of(self._codes, ids)
+
+    def slabs(self) -> Callable[[jax.Array, int], "Quantized"]:
+        """Rows as matrices of their own."""
+        return lambda start, count: Quantized(cut(self._codes, start, count), self.dtype)
