@@ -77,6 +77,19 @@ def test_a_stream_takes_the_codes_of_a_folder_as_they_are(folder, tmp_path):
         stream.close()
 
 
+def test_a_run_of_a_folder_of_codes(folder, tmp_path):
+    """Its masters begin as what the codes stand for, so that the first fold makes the same codes again."""
+    made = export(zo.load(folder).with_format(zo.int8()), tmp_path / "codes")
+    estimator = zo.two_point(1e-3, direction=zo.lowrank(1, refresh=1))
+    how = {"directory": tmp_path / "run", "key": jax.random.key(1)}
+    batch = {"ids": np.arange(8, dtype=np.int32).reshape(1, 8), "targets": np.ones((1, 8), np.int32)}
+    with zo.Run(zo.load(made), estimator, zo.sgd(0.0), **how) as run:
+        for _ in range(3):
+            run.step(batch)
+        assert run.model.format is None
+        jax.tree.map(np.testing.assert_array_equal, dict(run.model.source), dict(zo.load(made).source))
+
+
 def test_leaves_above_the_limit_stay(folder, tmp_path, capsys):
     """int4 codes are off by a tenth or so, but for a matrix of small integers."""
     model = zo.load(folder)

@@ -23,7 +23,7 @@ LAYERS = [
     {"models"},
     {"pages"},
     {"probes", "factored", "link", "stores", "plan"},
-    {"visits"},
+    {"visits", "accumulated"},
     {"stream", "objectives", "metrics"},
     {"checkpoint", "run"},
     {"tasks", "config"},

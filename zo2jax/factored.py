@@ -211,8 +211,8 @@ def merged(
 def merge(leaves: Params, beside: Params, shapes: Params, layout: Layout) -> Params:
     """The leaves of a block as arrays of the dtypes of ``shapes``, of which what is beside them is a part.
 
-    ``leaves`` and ``beside`` are what `zo2jax.stream.Stream.stored` and `zo2jax.stream.Stream.beside` give; of codes,
-    the result is what they stand for, and not their masters.
+    ``leaves`` are what `zo2jax.stream.Stream.stored` gives, and ``beside`` `zo2jax.accumulated.Accumulated.saved`; of
+    codes, the result is what they stand for, and not their masters.
 
     >>> beside = {"p": {"w": jnp.ones((2, 1))}, "v": {"w": jnp.ones((3, 1))}, "gone": jnp.float32(0)}
     >>> shapes = {"w": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
@@ -254,7 +254,7 @@ def shapes_stored(shapes: Params, layout: Layout, *, masters: bool) -> Params:
 
 
 def shapes_beside(layout: Layout, rank: int, rounding: Rounding) -> Params:
-    """What `zo2jax.stream.Stream.beside` gives of a block with this layout, as ``jax.ShapeDtypeStruct``.
+    """What `zo2jax.accumulated.Accumulated.saved` gives of a block with this layout, as ``jax.ShapeDtypeStruct``.
 
     >>> from zo2jax.updates import nearest
     >>> shapes_beside(Layout.of({"w": jnp.ones((2, 3)), "b": jnp.ones(2)}), 4, nearest)["v"]["w"].shape

@@ -227,7 +227,7 @@ class Tiers:
         StoreError: if there is too little host memory.
 
     >>> tiers = Tiers([64], [], None, pinned=True)
-    >>> store = tiers.keep("w", "host", Layout.of({"w": np.ones((2, 2), np.float32)}), {"w": np.ones((2, 2))})
+    >>> store = tiers.keep("host", "w", Layout.of({"w": np.ones((2, 2), np.float32)}), {"w": np.ones((2, 2))})
     >>> float(store.read()[0][3])
     1.0
     """
@@ -249,7 +249,7 @@ class Tiers:
             self.close()
             raise
 
-    def keep(self, name: str, tier: str, layout: Layout, leaves: Params) -> Store:
+    def keep(self, tier: str, name: str, layout: Layout, leaves: Params) -> Store:
         """The matrices among ``leaves`` in a store of their own.
 
         Raises:

@@ -12,6 +12,7 @@ import difflib
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from zo2jax import visits
-from zo2jax.directions import Direction, leaf_ids, matrix_shape
-from zo2jax.factored import Basis, Beside, after, basis_of, merge
+from zo2jax.accumulated import Accumulated
+from zo2jax.directions import Direction, leaf_ids
+from zo2jax.factored import Beside, merge
 from zo2jax.formats import Format
 from zo2jax.link import Copy, StoreError
 from zo2jax.models.blocks import Block, Params, Source, Visit, block_of, owned_shapes, set_leaf
@@ -29,7 +31,7 @@ from zo2jax.models.layers import Batch, Cache
 from zo2jax.pages import flat, layouts_of
 from zo2jax.plan import Plan, room
 from zo2jax.stores import Pages, Store, Tiers, result
-from zo2jax.updates import Rounding, Update, residual
+from zo2jax.updates import Rounding, Update
 
 
 class Stream(Mapping[str, Params]):
@@ -88,15 +90,11 @@ class Stream(Mapping[str, Params]):
         self._sizes = [0 if t == "device" else self.layouts[name].nbytes for name, t in self.tiers.items()]
         self._room = room([size for size in self._sizes if size], plan.prefetch)
         self._next = _following([size > 0 for size in self._sizes], plan.prefetch)
-        self._basis = None if basis is None else Basis(basis, jnp.float32(0))
-        folds = self._basis is not None and direction.refresh is not None
-        self._masters = {n: x.masters(rounding == residual) for n, x in self.layouts.items() if folds}
-        layouts = [*self.layouts.items(), *self._masters.items()]
+        self._sums = None if basis is None else Accumulated(self.layouts, direction, rounding, basis)
+        layouts = [*self.layouts.items(), *(() if self._sums is None else self._sums.masters.items())]
         host, disk = ([x.nbytes for name, x in layouts if self.tiers[name] == tier] for tier in ("host", "disk"))
         self._kept = Tiers(host, disk, directory, pinned=plan.pinned)
         self._stores: dict[int, Store] = {}
-        self._master_stores: dict[int, Store] = {}
-        self._sums = self._no_sums()  # of updates, by block, for pages that are only read
         self._rest: dict[int, dict[str, Any]] = {}
         try:
             self._read(source, {} if kept is None else kept)
@@ -105,7 +103,6 @@ class Stream(Mapping[str, Params]):
             raise
         self._stages = visits.stages_of(self.blocks, tuple(self.layouts.items()))
         self._ids = [self._leaf_ids(block) for block in self.blocks]
-        self._place = [{p: k for k, (_, p) in enumerate(self.layouts[b.name].matrices)} for b in self.blocks]
         self._homes = [[self._number[block_of(owner, shapes)] for owner in b.aliases.values()] for b in self.blocks]
         self.bytes_up = self.bytes_down = 0  # over the link, so far
         self._coming: dict[int, Any] = {}
@@ -124,9 +121,9 @@ class Stream(Mapping[str, Params]):
         Of codes: their float32 masters, if there are any, from which they are made again; or `Codes`.
         """
         leaves = self._held(name)
-        for leaf, master in self._of_masters(self._number[name]).items():
+        for leaf, master in () if self._sums is None else self._sums.of_masters(name).items():
             if dict(self.layouts[name].matrices)[leaf].scale is not None:
-                set_leaf(leaves, leaf, master.copy())
+                set_leaf(leaves, leaf, master)
         return leaves
 
     def _held(self, name: str) -> Params:
@@ -137,25 +134,10 @@ class Stream(Mapping[str, Params]):
         leaves = layout.unpack(pages, {name: jnp.array(leaf) for name, leaf in self._rest[i].items()})
         return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, leaves)
 
-    def _of_masters(self, i: int) -> dict[str, Any]:
-        """What is kept for folds beside a block's matrices, by leaf."""
-        kept = self._masters.get(self.blocks[i].name)
-        return flat(kept.unpack(self._master_stores[i].read(), {})) if kept is not None and kept.matrices else {}
-
     def beside(self, name: str) -> Params:
-        """A copy of what is beside a block's matrices: {"p": by name, "v": by name, "gone": float32 []}, or {}."""
-        i, matrices = self._number[name], self.layouts[name].matrices
-        if self._basis is None or not matrices:
-            return {}
+        """A copy of what is beside a block's matrices, as `zo2jax.accumulated.Accumulated.saved` says, or {}."""
         self._check_whole()
-        found: Params = {"p": {}, "v": {}, "gone": jnp.array(self._basis.gone)}
-        for (leaf, place), p, ident in zip(matrices, self._sums[i], self._ids[i][0], strict=True):
-            set_leaf(found["p"], leaf, jnp.array(p))
-            set_leaf(found["v"], leaf, basis_of(self._basis, ident, place.shape, self._how["direction"]))
-        for leaf, low in self._of_masters(i).items():
-            if low.dtype == jnp.int16:
-                set_leaf(found.setdefault("low", {}), leaf, low.copy())
-        return found
+        return {} if self._sums is None else self._sums.saved(name, self._ids[self._number[name]][0])
 
     def __iter__(self) -> Any:
         """The names of the blocks, in order."""
@@ -195,7 +177,7 @@ class Stream(Mapping[str, Params]):
         if (shapes := _shapes((update, probes, batch))) in self._compiled:
             return
         known: dict[Any, Any] = {}
-        visit, carry = visits.train if self._basis is None else visits.read, None
+        visit, carry = visits.train if self._sums is None else visits.read, None
         for i, stage in enumerate(self._stages):
             if (came := (stage, _shapes(carry))) not in known:
                 pages = tuple(jax.ShapeDtypeStruct((n,), dtype) for dtype, n in stage.layout.pages)
@@ -221,56 +203,48 @@ class Stream(Mapping[str, Params]):
     def _apply(self, update: Update) -> None:
         self._begin_update(update)
         for i, (stage, ids) in enumerate(zip(self._stages, self._ids, strict=True)):
-            if (beside := self._beside(i)) is not None:
-                self._sums[i], self._rest[i] = visits.add(stage, self._rest[i], beside, ids, update, **self._how)
+            if self._sums is not None:
+                changed, self._rest[i] = visits.add(stage, self._rest[i], self._beside(i), ids, update, **self._how)
+                self._changed(i, changed)
                 continue
             pages, self._rest[i] = visits.apply(stage, *self._take(i), ids, update, **self._how)
             self._put(i, pages, None)
 
     def fold(self, basis: jax.Array) -> None:
         """Takes what is beside the pages into them, and begins with another V (a typed key [])."""
+        assert self._sums is not None, "only low-rank directions have folds"
         self._check_whole()
         self._torn = True
-        for i, (stage, ids) in enumerate(zip(self._stages, self._ids, strict=True)):
-            kept, store = self._masters[self.blocks[i].name], self._master_stores.get(i)
-            masters = () if store is None else result(store.upload())
-            held = self._take(i)[0], masters, self._beside(i)
-            del masters
-            pages, masters = visits.fold(stage, kept, *held, ids, **self._how)
-            if store is not None and (leaving := store.commit(masters)) is not None:
-                leaving.result()
+        for i, (stage, name) in enumerate(zip(self._stages, self._number, strict=True)):
+            held = self._sums.masters[name], self._take(i)[0], self._sums.upload(name), self._beside(i), self._ids[i]
+            pages, masters = visits.fold(stage, *held, **self._how)
+            del held
+            self._sums.commit(name, masters)
             self._put(i, pages, None)
-        self._basis, self._sums = Basis(basis, jnp.float32(0)), self._no_sums()
+        self._sums.restart(basis)
         self._torn = False
 
     def _begin_update(self, update: Update) -> Any:
-        """The training visit of this stream, and what is gone of the weights after the update."""
-        if self._basis is None:
+        """The training visit of this stream, which takes the update in."""
+        if self._sums is None:
             return visits.train
-        self._basis = after(self._basis, update)
+        self._sums.update(update)
         return visits.read
 
     def _changed(self, i: int, changed: Any) -> Pages | None:
         """The pages that a training visit changed."""
-        if self._basis is None:
+        if self._sums is None:
             return changed
-        self._sums[i] = changed
+        self._sums.sums[self.blocks[i].name] = changed
         return None
-
-    def _no_sums(self) -> list[tuple[jax.Array, ...]]:
-        rank = self._how["direction"].rank
-        if self._basis is None:
-            return []
-        places = [[place for _, place in self.layouts[block.name].matrices] for block in self.blocks]
-        return [tuple(jnp.zeros((matrix_shape(place.shape)[0], rank)) for place in own) for own in places]
 
     def _beside(self, i: int) -> Beside | None:
         """What a visit is given beside the pages, if those are only read."""
-        if self._basis is None:
+        if self._sums is None:
             return None
-        shared = zip(self._homes[i], self._stages[i].tied, strict=True)
-        tied = [self._sums[home][self._place[home][place]] for home, (_, place) in shared]
-        return Beside(self._sums[i], tuple(tied), self._basis)
+        homes = [self.blocks[home].name for home in self._homes[i]]
+        tied = [(home, place) for home, (_, place) in zip(homes, self._stages[i].tied, strict=True)]
+        return self._sums.beside(self.blocks[i].name, tied)
 
     def _check_whole(self) -> None:
         """Raises StoreError after a sweep that broke off, or a page that was not kept."""
@@ -346,9 +320,10 @@ class Stream(Mapping[str, Params]):
             layout = self.layouts[name]
             named = flat(leaves)
             self._rest[i] = {name: jnp.array(named[name]) for name in layout.rest}
-            self._stores[i] = self._kept.keep(name, self.tiers[name], layout, leaves)
-            if layout.matrices and self._basis is not None:
-                self._begin_beside(i, named, kept.get(name, {}))
+            keep = partial(self._kept.keep, self.tiers[name])
+            self._stores[i] = keep(name, layout, leaves)
+            if self._sums is not None:
+                self._sums.begin(name, named, kept.get(name, {}), keep)
 
         order = sorted(range(len(self.blocks)), key=lambda i: -self.layouts[self.blocks[i].name].nbytes)
         if getattr(source, "concurrent", False):
@@ -356,22 +331,6 @@ class Stream(Mapping[str, Params]):
         else:
             for i in order:
                 read(i)
-
-    def _begin_beside(self, i: int, named: Mapping[str, Any], kept: Params) -> None:
-        """Sets what is beside a block's matrices, whose leaves these are, to what was kept of it, or to nothing."""
-        name = self.blocks[i].name
-        layout, masters = self.layouts[name], self._masters.get(name)
-        if kept:
-            self._sums[i] = tuple(jnp.asarray(flat(kept["p"])[leaf]) for leaf, _ in layout.matrices)
-            assert self._basis is not None
-            self._basis = self._basis._replace(gone=jnp.asarray(kept["gone"]))
-        if masters is None or not masters.matrices:
-            return
-        found, lows = {}, flat(kept.get("low", {}))
-        for leaf, place in masters.matrices:
-            low = dict(layout.matrices)[leaf].scale is None
-            found[leaf] = lows.get(leaf, np.zeros(place.shape, np.int16)) if low else named[leaf]
-        self._master_stores[i] = self._kept.keep(f"{name}.masters", self.tiers[name], masters, found)
 
     # --- the loop's parts ---
 
