@@ -163,6 +163,19 @@ def test_tiers_change_no_weights_and_no_evaluation(arguments, tmp_path, capsys, 
 
 
 @pytest.mark.usefixtures("unoptimized")
+@pytest.mark.parametrize("format", ["", "int8"])
+def test_a_low_rank_run_is_evaluated_as_it_was_while_it_ran(arguments, tmp_path, capsys, format):
+    """Within a period, from its checkpoint alone and from its export."""
+    how = [f"format={format}", "direction=lowrank", "refresh=3", "dtype=bfloat16", "learning_rate=0.01"]
+    assert cli.main(arguments(*how)) == 0
+    assert cli.main(arguments(*how, "steps=8", "tier=host")) == 0
+    expected = read_metrics(tmp_path / "run")[-1]["eval/loss"]
+    assert train.evaluate(str(tmp_path / "run"))[1]["loss"] == pytest.approx(expected, abs=2e-3)
+    assert cli.main(["export", str(tmp_path / "run"), "-o", str(tmp_path / "model")]) == 0
+    assert zo.load(tmp_path / "model").format is None
+
+
+@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize("objective", ["candidates", "accuracy", "generated"])
 def test_a_task_is_trained_and_evaluated_in_its_tier(objective, tiny_folder, tmp_path):
     examples = [{"sentence": "fine " * n, "label": n % 2} for n in range(1, 13)]

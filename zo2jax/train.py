@@ -196,7 +196,7 @@ def _placed(config: Config, model: Model, data: Prepared) -> Iterator[Model]:
     Their folder is a new one, as the run itself may be training.
     """
     plan = _plan(config, model, data)
-    if not plan.tiers:
+    if not plan.tiers and model.format is None:
         yield model
         return
     directory = Path(config.directory).expanduser()
@@ -238,7 +238,7 @@ def trained_model(directory: str | Path, *, best: bool = False) -> tuple[int, Mo
         stored = shapes_stored(like, layouts[name], masters=direction.refresh is not None)
         beside = shapes_beside(layouts[name], direction.rank, config.make_rounding()) if direction.rank else None
         readers[name] = partial(_read, folder, step, name, (stored, beside, like, layouts[name]))
-    return step, model.replace(Source(readers))
+    return step, model.replace(Source(readers)).with_format(None)  # arrays, whatever the run kept
 
 
 def _read(folder: Path, step: int, name: str, like: tuple[Params, Params | None, Params, Layout]) -> Params:
