@@ -27,10 +27,10 @@ def make_examples(count: int) -> list[dict[str, str]]:
     return [{"text": text, "kind": kind} for pair in chosen for text, kind in zip(pair, ("text", "code"), strict=True)]
 
 
-def main(steps: int = 150) -> tuple[float, float]:
-    """Trains for some steps; returns the held-out loss before and after."""
-    model, examples = zo.load(model_folder(), dtype="float32"), make_examples(250)
-    train, test = examples[:400], examples[400:500]
+def main(steps: int = 150, count: int = 250) -> tuple[float, float]:
+    """Trains for some steps on ``count`` lines of each kind; returns the held-out loss before and after."""
+    model, examples = zo.load(model_folder(), dtype="float32"), make_examples(count)
+    train, test = examples[: 8 * count // 5], examples[8 * count // 5 : 2 * count]
     print("zero-shot", evaluate(model, TASK, test, batch=32))
     batches = TaskBatches(model, TASK, train, batch=16, steps=steps, seed=0, objective="candidates")
     held_out = TaskHeldOut(model, TASK, test, batch=32, objective="candidates")

@@ -62,7 +62,7 @@ def explicit(model, updates, direction):
 
 def test_a_hundred_steps_and_two_folds_are_the_explicit_computation(tmp_path):
     model = FAMILIES["opt"](True).init(jax.random.key(1))
-    moved, _, updates = trained(model, tmp_path, steps=100, refresh=40, copies=2)
+    moved, _, updates = trained(model, tmp_path, steps=100, refresh=40)
     expected = explicit(model, updates, lowrank(2, refresh=40))
     assert expected.keys() == {f"{block}.{name}" for block in moved for name in flat(moved[block])}
     for name, theta in expected.items():

@@ -62,6 +62,7 @@ def test_a_folder_of_codes_loads_as_what_they_stand_for(folder, words, format, t
     assert size[0] < 0.75 * size[1]
 
 
+@pytest.mark.parametrize("folder", ["llama"], indirect=True)
 def test_a_stream_takes_the_codes_of_a_folder_as_they_are(folder, tmp_path):
     """Not those of the rounded matrices that they stand for."""
     format = zo.int4(group=16)
@@ -77,6 +78,7 @@ def test_a_stream_takes_the_codes_of_a_folder_as_they_are(folder, tmp_path):
         stream.close()
 
 
+@pytest.mark.parametrize("folder", ["llama"], indirect=True)
 def test_a_run_of_a_folder_of_codes(folder, tmp_path):
     """Its masters begin as what the codes stand for, so that the first fold makes the same codes again."""
     made = export(zo.load(folder).with_format(zo.int8()), tmp_path / "codes")
@@ -90,6 +92,7 @@ def test_a_run_of_a_folder_of_codes(folder, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, dict(run.model.source), dict(zo.load(made).source))
 
 
+@pytest.mark.parametrize("folder", ["llama"], indirect=True)
 def test_leaves_above_the_limit_stay(folder, tmp_path, capsys):
     """int4 codes are off by a tenth or so, but for a matrix of small integers."""
     model = zo.load(folder)

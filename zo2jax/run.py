@@ -82,6 +82,9 @@ class Run:
     there is never a second model in memory; `model` gives the trained one at any time. The same calls with the same
     directory resume, to the same weights as if nothing had happened.
 
+    With low-rank directions matrices are only read, and what the updates of a period add up to stays beside them; see
+    `zo2jax.factored`. A model with a format (`zo2jax.Model.with_format`) keeps its matrices as codes then.
+
     Args:
         model: from `zo2jax.load`.
         estimator: for example ``zo.two_point(1e-3)``.
@@ -98,7 +101,8 @@ class Run:
         tensorboard: whether the metrics go to ``tensorboard`` in the directory as well.
 
     Raises:
-        ValueError: if the directory holds a run with another config, naming the keys.
+        ValueError: if the directory holds a run with another config, naming the keys; for a format or `residual`
+            rounding without low-rank directions.
         PermissionError: if the directory cannot be written.
 
     >>> import tempfile, zo2jax as zo
