@@ -220,7 +220,12 @@ def decoded(leaves, format, block):
 
 
 @pytest.mark.parametrize(
-    ("name", "refresh", "plan"), [("int8", 5, "mixed"), ("int8 by group", None, "disk"), ("int4", None, "host")]
+    ("name", "refresh", "plan"),
+    [
+        ("int8", 5, "mixed"),
+        ("int4", None, "host"),
+        pytest.param("int8 by group", None, "disk", marks=pytest.mark.slow),
+    ],
 )
 def test_codes_are_the_matrices_that_they_stand_for(name, refresh, plan, tmp_path):
     """Losses and weights are those of decoded codes; up to a fold, after which codes are made of the masters anew."""
