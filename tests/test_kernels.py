@@ -10,28 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.random import threefry_2x32
+from kernel_marks import DTYPES, KERNELS, NEEDS_KERNELS, ON_GPU, each_implementation
 
 from pallas_kernels import bench, bits, implementations, specs
 from pallas_kernels.perturb import ALIGNMENT, perturb, perturb_in_page
 from pallas_kernels.reference import Probes, Shard, Terms
 
 RNG = np.random.default_rng(20251103)
-ON_GPU = jax.default_backend() == "gpu"
-DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 PAIRS = [bits.normal_pair, bits.rademacher_pair]
 ROUNDINGS = [bits.round_to_nearest, bits.round_stochastically]
-NEEDS_KERNELS = pytest.mark.skipif(
-    implementations.problem("interpret") is not None, reason=str(implementations.problem("interpret"))
-)
-KERNELS = [
-    pytest.param("interpret", marks=[NEEDS_KERNELS, pytest.mark.skipif(ON_GPU, reason="runs on the CPU")]),
-    *(
-        pytest.param(name, marks=[pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs an NVIDIA GPU")])
-        for name in ("mosaic", "mosaic_portable")
-    ),
-]
-IMPLEMENTATIONS = ["xla", *KERNELS]
-each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
 def weights(shape, dtype=jnp.float32, scale=0.02):

@@ -10,26 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from kernel_marks import DTYPES, KERNELS, NEEDS_KERNELS, ON_GPU, each_implementation
 
 from pallas_kernels import implementations, quantized_reference, specs
 from pallas_kernels import quantized as q
 from pallas_kernels.quantized import Codes
 
 RNG = np.random.default_rng(20251207)
-ON_GPU = jax.default_backend() == "gpu"
-DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 QMAX = {8: 127, 4: 7}
-NEEDS_KERNELS = pytest.mark.skipif(
-    implementations.problem("interpret") is not None, reason=str(implementations.problem("interpret"))
-)
-KERNELS = [
-    pytest.param("interpret", marks=[NEEDS_KERNELS, pytest.mark.skipif(ON_GPU, reason="runs on the CPU")]),
-    *(
-        pytest.param(name, marks=[pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs an NVIDIA GPU")])
-        for name in ("mosaic", "mosaic_portable")
-    ),
-]
-each_implementation = pytest.mark.parametrize("implementation", ["xla", *KERNELS])
 each_kernel = pytest.mark.parametrize("implementation", KERNELS)
 
 

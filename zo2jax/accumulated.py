@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.quantized import Codes, decode
+from pallas_kernels.quantized import decode
 from zo2jax.directions import Direction, matrix_shape
 from zo2jax.factored import Basis, Beside, after, basis_of
 from zo2jax.models.blocks import Params, set_leaf
-from zo2jax.pages import Layout, Place, flat
+from zo2jax.pages import Layout, Place, codes_in, flat
 from zo2jax.stores import Pages, Store, result
 from zo2jax.updates import Rounding, Update, residual
 
@@ -69,8 +69,7 @@ class Accumulated:
             elif leaf in leaves:
                 found[leaf] = leaves[leaf]
             else:  # of a folder of codes
-                codes = Codes(*(jnp.asarray(leaves[f"{leaf}.{part}"]) for part in Codes._fields))
-                found[leaf] = decode(codes, jnp.float32)
+                found[leaf] = decode(jax.tree.map(jnp.asarray, codes_in(leaves, leaf)), jnp.float32)
         self._stores[name] = keep(f"{name}.masters", masters, found)
 
     def beside(self, name: str, tied: Sequence[tuple[str, Place]]) -> Beside:

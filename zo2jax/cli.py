@@ -8,10 +8,9 @@ from typing import Any
 
 import jax
 
-from zo2jax import __version__, demo, train
+from zo2jax import __version__, demo, formats, train
 from zo2jax.bench import commands as bench
 from zo2jax.config import load_config
-from zo2jax.formats import Format, int4, int8
 from zo2jax.models.generation import Choose, greedy, sampling
 from zo2jax.models.hub import export, load
 from zo2jax.models.tokenizers import ChatTemplate
@@ -83,20 +82,14 @@ def _run(arguments: argparse.Namespace) -> int:
     elif arguments.command == "generate":
         _generate(arguments)
     elif arguments.command == "quantize":
-        print(quantize(load(arguments.model), _format(arguments), arguments.output, limit=arguments.limit))
+        format = formats.named(arguments.format, arguments.group, tuple(arguments.keep))
+        print(quantize(load(arguments.model), format, arguments.output, limit=arguments.limit))
     elif arguments.command == "bench":
         bench.run(arguments)
     else:
         _, model = train.trained_model(arguments.run, best=arguments.best)
         print(export(model, arguments.output))
     return 0
-
-
-def _format(arguments: argparse.Namespace) -> Format:
-    keep, group = tuple(arguments.keep), arguments.group
-    if arguments.format == "int4":
-        return int4(group=64 if group is None else group, keep=keep)
-    return int8(keep=keep) if group is None else int8("group", group=group, keep=keep)
 
 
 def _generate(arguments: argparse.Namespace) -> None:

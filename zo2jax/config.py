@@ -16,7 +16,7 @@ import tyro
 
 from zo2jax.directions import Direction, lowrank, normal, rademacher
 from zo2jax.estimators import Estimator, averaged, two_point
-from zo2jax.formats import Format, int4, int8
+from zo2jax.formats import Format, named
 from zo2jax.models.model import Model
 from zo2jax.optimizers import Optimizer, sgd
 from zo2jax.plan import Plan, parse_size, plan
@@ -185,11 +185,7 @@ class Config:
 
     def make_format(self) -> Format | None:
         """The format that matrices are kept in."""
-        if not self.format:
-            return None
-        if self.format == "int4":
-            return int4(group=self.group or 64)
-        return int8("group", group=self.group) if self.group else int8()
+        return named(self.format, self.group or None) if self.format else None
 
     def make_rounding(self) -> Rounding:
         """The rounding policy of updates."""

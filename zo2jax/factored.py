@@ -21,10 +21,11 @@ from pallas_kernels import bits
 from pallas_kernels.quantized import Codes
 from pallas_kernels.reference import decayed
 from zo2jax.directions import Direction, expand, factors, matrix_shape
+from zo2jax.formats import coded_shapes
 from zo2jax.models.blocks import Params, set_leaf
 from zo2jax.models.layers import product
 from zo2jax.models.quantized import cut, dense, rows_of, times
-from zo2jax.pages import Layout, Place, encoded, flat
+from zo2jax.pages import Layout, Place, codes_in, encoded, flat
 from zo2jax.updates import Rounding, Update, by_leaf, combined, folded, joined, residual
 
 BESIDE = ".beside"
@@ -223,7 +224,7 @@ def merge(leaves: Params, beside: Params, shapes: Params, layout: Layout) -> Par
     places = dict(layout.matrices)
     named, lows, p, v = (flat(tree) for tree in (leaves, *(beside.get(x, {}) for x in ("low", "p", "v"))))
     for name, shape in flat(shapes).items():
-        w = named[name] if name in named else Codes(*(named[f"{name}.{x}"] for x in Codes._fields))
+        w = named[name] if name in named else codes_in(named, name)
         place = places.get(name)
         if place is not None and place.scale is not None and not isinstance(w, Codes):
             w = encoded(w, place)
@@ -247,8 +248,7 @@ def shapes_stored(shapes: Params, layout: Layout, *, masters: bool) -> Params:
     for name, place in layout.matrices:
         if place.scale is None:
             continue
-        codes = jax.ShapeDtypeStruct((place.shape[0], place.shape[1] // place.packed), layout.pages[place.page][0])
-        both = {"codes": codes, "scale": jax.ShapeDtypeStruct(place.scale.shape, jnp.float32)}
+        both = coded_shapes(place.shape, place.bits, place.group)
         set_leaf(out, name, jax.ShapeDtypeStruct(place.shape, jnp.float32) if masters else both)
     return out
 

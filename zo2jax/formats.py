@@ -101,6 +101,28 @@ def int4(*, group: int = 64, keep: tuple[str, ...] = ()) -> Format:
     return Format(4, _positive(group), tuple(keep))
 
 
+def named(name: str, group: int | None = None, keep: tuple[str, ...] = ()) -> Format:
+    """The format of a name, "int8" or "int4"; without a group, a scale for a whole row of int8, for 64 columns of int4.
+
+    >>> named("int8", 32), named("int4")
+    (int8('group', group=32), int4(group=64))
+    """
+    if name == "int4":
+        return int4(keep=keep) if group is None else int4(group=group, keep=keep)
+    return int8(keep=keep) if group is None else int8("group", group=group, keep=keep)
+
+
+def coded_shapes(shape: tuple[int, ...], bits: int, group: int) -> dict[str, Any]:
+    """{"codes": .., "scale": ..} of a matrix of this shape, as ``jax.ShapeDtypeStruct``.
+
+    >>> coded_shapes((3, 8), 4, 4)["codes"].shape, coded_shapes((3, 8), 4, 4)["scale"].shape
+    ((3, 4), (3, 2))
+    """
+    rows, columns = shape
+    codes = jax.ShapeDtypeStruct((rows, columns * bits // 8), jnp.int8 if bits == 8 else jnp.uint8)
+    return {"codes": codes, "scale": jax.ShapeDtypeStruct((rows, columns // group), jnp.float32)}
+
+
 def _positive(group: int) -> int:
     if group < 1:
         raise ValueError(f"group is {group}, expected at least 1 column (32 to 128 are usual)")

@@ -44,6 +44,17 @@ class Place:
         """Elements of the page."""
         return math.prod(self.shape) // self.packed
 
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return 8 // self.packed
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale of codes."""
+        assert self.scale is not None, "only codes have scales"
+        return self.shape[1] // self.scale.shape[1]
+
     def of(self, pages: Sequence[Any]) -> Any:
         """The matrix, or its `Codes`: of NumPy pages views, of JAX arrays slices."""
         page, end = pages[self.page], self.offset + self.size
@@ -123,10 +134,7 @@ class Layout:
             if place.scale is None:
                 _copy(named[name], place, pages)
                 continue
-            if (codes := named.get(f"{name}.codes")) is not None:
-                scale = named[f"{name}.scale"]
-            else:
-                codes, scale = encoded(named[name], place)
+            codes, scale = encoded(named[name], place) if name in named else codes_in(named, name)
             _copy(codes, place, pages)
             _copy(scale, place.scale, pages)
 
@@ -163,8 +171,16 @@ def encoded(matrix: Any, place: Place) -> Codes:
     >>> encoded(jnp.ones((2, 4)), layout.matrices[0][1]).codes.tolist()
     [[119, 119], [119, 119]]
     """
-    assert place.scale is not None
-    return encode(matrix, 8 // place.packed, place.shape[1] // place.scale.shape[1])
+    return encode(matrix, place.bits, place.group)
+
+
+def codes_in(named: Mapping[str, Any], name: str) -> Codes:
+    """The codes of a matrix among leaves by dotted name, which has ``NAME.codes`` and ``NAME.scale``.
+
+    >>> codes_in({"w.codes": 1, "w.scale": 2}, "w")
+    Codes(codes=1, scale=2)
+    """
+    return Codes(*(named[f"{name}.{part}"] for part in Codes._fields))
 
 
 def _copy(leaf: Any, place: Place, pages: list[np.ndarray]) -> None:

@@ -131,8 +131,7 @@ class Probe:
     def rows(self, ids: jax.Array) -> jax.Array:
         """The rows of these indices, [*ids.shape, n_in]: z is drawn for them alone."""
         place, probes = self._matrices.places[self._index], self._matrices.probes(self._index)
-        page = self._matrices.settle_all()[place.page]  # a move after rows were read would copy the page
-        matrix = lax.slice(page, (place.offset,), (place.offset + place.size,)).reshape(place.shape)
+        matrix = place.of(self._matrices.settle_all())  # a move after rows were read would copy the page
         row, indices = probes.matrix[self._member], ids.reshape(-1)
 
         def noise(k: Any) -> jax.Array:
@@ -147,11 +146,12 @@ class Probe:
         """Rows as matrices of their own."""
         place, probes = self._matrices.places[self._index], self._matrices.probes(self._index)
         page, pair = self._matrices.settle(self._index), self._matrices.direction.pair
+        pages = tuple(self._matrices.pages)
         columns = place.shape[-1]
 
         def cut(start: jax.Array, count: int) -> Slab:
             if place.size == page.size or page.size >= 1 << 31:  # numbers of rows fit in 32 bits
-                matrix = lax.slice(page, (place.offset,), (place.offset + place.size,)).reshape(place.shape)
+                matrix = place.of(pages)
                 w = lax.dynamic_slice_in_dim(matrix, start, count)
             else:
                 at = place.offset + start * columns

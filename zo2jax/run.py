@@ -164,9 +164,9 @@ class Run:
         self._model = bare.with_format(None)  # what is looked at is arrays
         self._snapshots = Snapshots(self.directory / "checkpoints")
         source: Mapping[str, Any] = model.source
-        layouts, masters = layouts_of(model.blocks, model.format), estimator.direction.refresh is not None
         if (last := self._snapshots.last) is not None:
             state = self._restored(state, last)
+            layouts, masters = layouts_of(model.blocks, model.format), estimator.direction.refresh is not None
             like = {name: shapes_stored(x, layouts[name], masters=masters) for name, x in shapes.items()}
             source = Source({name: partial(self._snapshots.block, last, name, like[name]) for name in shapes})
         self._state = state

@@ -91,6 +91,7 @@ class Stream(Mapping[str, Params]):
         self._room = room([size for size in self._sizes if size], plan.prefetch)
         self._next = _following([size > 0 for size in self._sizes], plan.prefetch)
         self._sums = None if basis is None else Accumulated(self.layouts, direction, rounding, basis)
+        self._visit = visits.train if self._sums is None else visits.read
         layouts = [*self.layouts.items(), *(() if self._sums is None else self._sums.masters.items())]
         host, disk = ([x.nbytes for name, x in layouts if self.tiers[name] == tier] for tier in ("host", "disk"))
         self._kept = Tiers(host, disk, directory, pinned=plan.pinned)
@@ -160,10 +161,10 @@ class Stream(Mapping[str, Params]):
             self.apply(update)
             raise
         self._torn, carry = True, None
-        visit = self._begin_update(update)
+        self._begin_update(update)
         for i in range(len(self.blocks)):
             held, tied = self._take(i), self._tied(i)
-            (changed, self._rest[i]), carry = visit(
+            (changed, self._rest[i]), carry = self._visit(
                 self._stages[i], *held, tied, self._beside(i), self._ids[i], update, probes, carry, batch, **self._how
             )
             del held  # or the pages would stay until the next ones are there
@@ -177,14 +178,14 @@ class Stream(Mapping[str, Params]):
         if (shapes := _shapes((update, probes, batch))) in self._compiled:
             return
         known: dict[Any, Any] = {}
-        visit, carry = visits.train if self._sums is None else visits.read, None
+        carry = None
         for i, stage in enumerate(self._stages):
             if (came := (stage, _shapes(carry))) not in known:
                 pages = tuple(jax.ShapeDtypeStruct((n,), dtype) for dtype, n in stage.layout.pages)
                 rest = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._rest[i])
                 with warnings.catch_warnings():  # that a head's result cannot lie where its carry was
                     warnings.filterwarnings("ignore", "Some donated buffers were not usable")
-                    lowered = visit.lower(
+                    lowered = self._visit.lower(
                         stage, pages, rest, self._tied(i), self._beside(i), self._ids[i], update, probes, carry, batch,
                         **self._how,
                     )  # fmt: skip
@@ -224,12 +225,10 @@ class Stream(Mapping[str, Params]):
         self._sums.restart(basis)
         self._torn = False
 
-    def _begin_update(self, update: Update) -> Any:
-        """The training visit of this stream, which takes the update in."""
-        if self._sums is None:
-            return visits.train
-        self._sums.update(update)
-        return visits.read
+    def _begin_update(self, update: Update) -> None:
+        """Takes in what an update lets go of matrices that are only read."""
+        if self._sums is not None:
+            self._sums.update(update)
 
     def _changed(self, i: int, changed: Any) -> Pages | None:
         """The pages that a training visit changed."""

@@ -19,7 +19,7 @@ from flax import nnx
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
 
 from pallas_kernels.quantized import Codes, decode
-from zo2jax.formats import encode, from_json
+from zo2jax.formats import coded_shapes, encode, from_json
 from zo2jax.models.blocks import Params, Source, block_of, get_leaf, owned_shapes, set_leaf
 from zo2jax.models.decoder import Decoder
 from zo2jax.models.gpt2 import Gpt2Config
@@ -275,7 +275,7 @@ def _write_weights(model: Model, folder: Path) -> None:
         if (coded := _coding(model, ours, leaf.shape)) is None:
             tensors[hub_names[ours]] = jax.ShapeDtypeStruct(shape, leaf.dtype)
             continue
-        for part, x in _coded_shapes(leaf.shape, *coded).items():
+        for part, x in coded_shapes(leaf.shape, *coded).items():
             tensors[f"{hub_names[ours]}.{part}"] = x
     split = split_state_dict_into_shards_factory(
         tensors,
@@ -308,16 +308,10 @@ def _write_weights(model: Model, folder: Path) -> None:
 
 def _coding(model: Model, name: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
     """(bits, the columns that share a scale) of a leaf that is written as codes."""
-    if model.format is None or len(shape) < 2:
+    if model.format is None:
         return None
     group = model.format.group_of(name, shape)
     return None if group is None else (model.format.bits, group)
-
-
-def _coded_shapes(shape: tuple[int, ...], bits: int, group: int) -> dict[str, Any]:
-    rows, columns = shape
-    codes = jax.ShapeDtypeStruct((rows, columns * bits // 8), jnp.int8 if bits == 8 else jnp.uint8)
-    return {"codes": codes, "scale": jax.ShapeDtypeStruct((rows, columns // group), jnp.float32)}
 
 
 def _on_host(leaf: Any) -> np.ndarray:
