@@ -1,18 +1,21 @@
 """What low-rank updates add up to between two folds, beside the matrices of all blocks of a stream."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import bits
 from pallas_kernels.quantized import decode
 from zo2jax.directions import Direction, matrix_shape
 from zo2jax.factored import Basis, Beside, after, basis_of
+from zo2jax.folding import Addend, fold
 from zo2jax.models.blocks import Params, set_leaf
 from zo2jax.pages import Layout, Place, codes_in, flat
-from zo2jax.stores import Pages, Store, result
+from zo2jax.stores import Edit, Store
 from zo2jax.updates import Rounding, Update, residual
 
 
@@ -35,7 +38,7 @@ class Accumulated:
 
     def __init__(self, layouts: Mapping[str, Layout], direction: Direction, rounding: Rounding, basis: jax.Array):
         """Begins with nothing."""
-        self._layouts, self._direction = layouts, direction
+        self._layouts, self._direction, self._rounding = layouts, direction, rounding
         folds = direction.refresh is not None
         self.masters = {n: x.masters(rounding == residual) if folds else Layout((), (), ()) for n, x in layouts.items()}
         """How that lies which only folds touch, by block."""
@@ -81,14 +84,20 @@ class Accumulated:
         """Takes in what an update lets go of all matrices; P itself changes in visits."""
         self._basis = after(self._basis, update)
 
-    def upload(self, name: str) -> Pages:
-        """The masters of a block, on the device."""
-        return result(self._stores[name].upload()) if name in self._stores else ()
+    def fold(self, name: str, store: Store, ids: jax.Array) -> tuple[int, int]:
+        """Takes what is beside a block's matrices into them and their masters; (bytes up, bytes down) over the link.
 
-    def commit(self, name: str, pages: Pages) -> None:
-        """Keeps the masters of a block; returns when they are there."""
-        if name in self._stores and (leaving := self._stores[name].commit(pages)) is not None:
-            leaving.result()
+        ``ids`` uint32 [matrices] are the leaf ids. P stays as it is until `restart`.
+        """
+        layout, basis = self._layouts[name], self._basis
+        addends = []
+        for (_, place), p, ident in zip(layout.matrices, self.sums[name], ids, strict=True):
+            v = basis_of(basis, ident, place.shape, self._direction)
+            addends.append(Addend(p, v, basis.gone, bits.fold(jax.random.key_data(basis.key), ident)))
+        kept = self._stores[name].edit() if name in self._stores else nullcontext(Edit())
+        with store.edit() as pages, kept as masters:
+            fold(layout, self.masters[name], pages, masters, addends, self._rounding)
+        return pages.up + masters.up, pages.down + masters.down
 
     def of_masters(self, name: str) -> dict[str, Any]:
         """Copies of the masters and residuals of a block, by leaf."""

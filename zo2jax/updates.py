@@ -170,11 +170,13 @@ def folded(
     gone: jax.Array | None = None,
     rounding: Rounding = nearest,
     key: jax.Array | None = None,
+    first: jax.Array | int = 0,
 ) -> jax.Array:
     """W - gone W + P V^T: in float32, rounded once to W's dtype; the same bits in any program.
 
     P float32 [rows, rank], V [columns, rank] as of `zo2jax.directions.factors`, ``gone`` float32 [] or None; ``key``
-    uint32 [2] is that of the noise that `stochastic` rounding takes.
+    uint32 [2] is that of the noise that `stochastic` rounding takes. W and P may be rows of a larger matrix, from
+    ``first`` on.
 
     >>> folded(jnp.ones((2, 3)), jnp.ones((2, 1)), jnp.ones((3, 1)), jnp.float32(0.5)).tolist()[0]
     [1.5, 1.5, 1.5]
@@ -186,7 +188,7 @@ def folded(
 
         def noise() -> jax.Array:
             assert key is not None, "stochastic rounding has a key"
-            of_rows = jnp.arange(rows, dtype=jnp.uint32)
+            of_rows = jnp.asarray(first, jnp.uint32) + jnp.arange(rows, dtype=jnp.uint32)
             return bits.draw(bits.rounding_pair, bits.fold(key, jnp.uint32(1)), of_rows, columns)
 
         wide = rounding.apply(wide, w.dtype, noise)

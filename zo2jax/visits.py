@@ -6,18 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from pallas_kernels import bits
-from pallas_kernels.quantized import Codes, quantize
+from pallas_kernels.quantized import Codes
 from zo2jax.directions import Direction
-from zo2jax.factored import Beside, Factors, basis_of
+from zo2jax.factored import Beside, Factors
 from zo2jax.models.blocks import Block, Kind, Params, block_of, kinds, set_leaf
 from zo2jax.models.layers import Batch, Cache
 from zo2jax.models.quantized import Quantized
 from zo2jax.pages import Layout, Place
 from zo2jax.probes import Matrices
-from zo2jax.updates import Rounding, Update, folded, joined, move, split
+from zo2jax.updates import Rounding, Update, move
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,34 +148,6 @@ def add(
     places = [place for _, place in stage.layout.matrices]
     rest, _ = move(rest, ids[1], update, direction=direction, rounding=rounding)
     return Factors(places, (), ids[0], beside.own, update, (None, None), beside.basis, direction).sums, rest
-
-
-@partial(jax.jit, static_argnames=("kept", *_STATIC), donate_argnames=("pages", "masters"))
-def fold(
-    stage: Stage, kept: Layout, pages: Any, masters: Any, beside: Beside, ids: Any, direction: Direction,
-    rounding: Rounding,
-) -> tuple[Any, Any]:  # fmt: skip
-    """(pages, masters) with what was beside them; ``kept`` says how the masters lie (`zo2jax.pages.Layout.masters`)."""
-    pages, masters, master_of = list(pages), list(masters), dict(kept.matrices)
-    for i, (name, place) in enumerate(stage.layout.matrices):
-        w, p, gone = place.of(pages), beside.own[i], beside.basis.gone
-        v = basis_of(beside.basis, ids[0][i], place.shape, direction)
-        if (master := master_of.get(name)) is None:
-            w = folded(w, p, v, gone, rounding, bits.fold(jax.random.key_data(beside.basis.key), ids[0][i]))
-        elif place.scale is None:
-            w, low = split(folded(joined(w, master.of(masters)), p, v, gone))
-            _put(masters, master, low)
-        else:
-            wide = lax.optimization_barrier(folded(master.of(masters), p, v, gone))
-            _put(masters, master, wide)
-            w, scale = quantize(wide, w.bits, w.group)
-            _put(pages, place.scale, scale)
-        _put(pages, place, w)
-    return tuple(pages), tuple(masters)
-
-
-def _put(pages: list[jax.Array], place: Place, values: jax.Array) -> None:
-    pages[place.page] = lax.dynamic_update_slice(pages[place.page], values.reshape(-1), (place.offset,))
 
 
 @partial(jax.jit, static_argnames=_STATIC, donate_argnames="cache")
