@@ -68,15 +68,24 @@ class Factored:
         scale: s, float32 [].
         f: float32 [n_out, rank]: P, and the member's probe.
         v: float32 [n_in, rank], of 8 significant bits.
+        compute: how products with codes are made, as in `zo2jax.models.quantized.times`.
 
     >>> w = Factored(jnp.eye(2), jnp.float32, jnp.float32(1), jnp.array([[0.5], [0.0]]), jnp.ones((2, 1)))
     >>> w.product(jnp.ones((1, 2)), jnp.float32).tolist()
     [[2.0, 1.0]]
     """
 
-    def __init__(self, matrix: jax.Array | Codes, dtype: Any, scale: jax.Array, f: jax.Array, v: jax.Array):
+    def __init__(
+        self,
+        matrix: jax.Array | Codes,
+        dtype: Any,
+        scale: jax.Array,
+        f: jax.Array,
+        v: jax.Array,
+        compute: str = "",
+    ):
         """Computes nothing yet."""
-        self._matrix, self._scale, self._f, self._v = matrix, scale, f, v
+        self._matrix, self._scale, self._f, self._v, self._compute = matrix, scale, f, v, compute
         self.shape, self.dtype = matrix.shape, jnp.dtype(dtype)
 
     def __getitem__(self, key: Any) -> "Factored":
@@ -87,7 +96,8 @@ class Factored:
         """X [..., n_in] -> x by the transposed matrix, in ``dtype``."""
         x, matrix = lax.optimization_barrier((x, self._matrix))  # as in `zo2jax.probes.Matrices.product`
         along = product(x, self._v.T.astype(x.dtype), jnp.float32)
-        y = self._scale * times(x, matrix, dtype).astype(jnp.float32)
+        exact = jnp.float32 if self._compute == "int8" else dtype  # what no unit of 16 bits made is not rounded to them
+        y = self._scale * times(x, matrix, exact, self._compute).astype(jnp.float32)
         for j in range(self._v.shape[1]):  # a sum that becomes part of what reads y, not one more product
             y = y + along[..., j, None] * self._f[:, j]
         return y.astype(dtype)
@@ -109,7 +119,7 @@ class Factored:
 
         def slab(start: jax.Array, count: int) -> Factored:
             matrix, f = cut((self._matrix, self._f), start, count)
-            return Factored(matrix, self.dtype, self._scale, f, self._v)
+            return Factored(matrix, self.dtype, self._scale, f, self._v, self._compute)
 
         return slab
 
@@ -165,7 +175,7 @@ class Factors:
             assert self._probes is not None
             f = f + self._combined(index, self._probes.keys[index], self._probes.matrix[index][member])
         v = basis_of(self._basis, self._ids[index], place.shape, self._direction)
-        return Factored(matrix, place.dtype or matrix.dtype, self._scale, f, v)
+        return Factored(matrix, place.dtype or matrix.dtype, self._scale, f, v, place.compute)
 
     def settle_all(self) -> tuple[jax.Array, ...]:
         """P of each matrix, with the update."""

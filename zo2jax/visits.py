@@ -34,7 +34,7 @@ class Stage:
         for name, place, there in seen:
             matrix = place.of(there)
             if isinstance(matrix, Codes):
-                weight = Quantized(matrix, place.dtype)
+                weight = Quantized(matrix, place.dtype, place.compute)
                 matrix = weight if self.kind.block.takes_weights else weight.array()
             set_leaf(leaves, name, matrix)
         return leaves

@@ -90,6 +90,7 @@ def _add_setting(sub: argparse.ArgumentParser, json: bool = True) -> None:
     sub.add_argument("--rank", type=int, default=default.rank, help="of directions in the factored mode")
     sub.add_argument("--refresh", type=int, default=default.refresh, help="steps between two folds in it; 0: none")
     sub.add_argument("--format", choices=("int8", "int4"), help="of the matrices, in that mode")
+    sub.add_argument("--compute", choices=("bf16", "int8"), default=default.compute, help="of products with codes")
     sub.add_argument("--group", type=int, help="columns that share a scale of codes")
     sub.add_argument("--tier", choices=("device", "host", "disk"), default=default.tier, help="where blocks live")
     sub.add_argument("--prefetch", type=int, default=default.prefetch, help="blocks that are uploaded ahead")

@@ -65,6 +65,8 @@ class Setting:
     """Of the matrices: "int8" or "int4"; bfloat16 if None."""
     group: int | None = None
     """Columns that share a scale of codes."""
+    compute: str = "bf16"
+    """How products with codes are made: "bf16" or "int8"."""
     tier: Tier = "host"
     prefetch: int = 1
     device_memory: str | None = None
@@ -116,7 +118,7 @@ class Setting:
     @property
     def random_model(self) -> Model:
         """Of the setting's shape and format."""
-        format = None if self.format is None else named(self.format, self.group)
+        format = None if self.format is None else named(self.format, self.group, compute=self.compute)
         return random_model(self.model, self.layers, format=format)
 
     def plan(self, model: Model) -> Plan:
