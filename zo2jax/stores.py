@@ -322,7 +322,7 @@ class Tiers:
     """
 
     def __init__(self, host: Sequence[int], disk: Sequence[int], directory: Path | None, *, pinned: bool):
-        """Takes the memory that page files go through."""
+        """Takes the memory that files go through."""
         staging = [max(disk)] * _STAGING if disk else []
         check_host_memory([*host, *staging])
         self._directory = directory
