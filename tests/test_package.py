@@ -22,7 +22,7 @@ LAYERS = [
     {"mezo"},
     {"models"},
     {"pages"},
-    {"probes", "factored", "link", "stores", "plan"},
+    {"probes", "factored", "link", "files", "stores", "plan"},
     {"visits", "folding"},
     {"accumulated"},
     {"stream", "objectives", "metrics"},
