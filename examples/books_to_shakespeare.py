@@ -5,8 +5,8 @@
 
 The model (32 M parameters) is made by backpropagation from a folder of Project Gutenberg texts. Then each `Variant`
 trains the same bfloat16 weights on the plays from forward passes alone, as many as every other one: dense directions,
-low-rank ones over bfloat16, int8 and int4 matrices. A run of AdamW says what backpropagation would do. At the end, the
-projected gradients of each low-rank variant are correlated with those of float32 products of the same matrices.
+low-rank ones over bfloat16, int8 and int4 matrices. The projected gradients of each low-rank variant are correlated
+with those of float32 products of the same matrices. A run of AdamW says what backpropagation would do.
 
 The output folder gets the model, results.json (all curves) and losses.png; both are written anew after each variant. If
 the model is there already, it is taken as it is. A variant of your own is one more row in `variants`.
@@ -57,7 +57,7 @@ class Setting:
     tiny: bool = False
     """A model of 0.1 M parameters, few steps and two variants, to try the script out."""
     only: tuple[str, ...] = ()
-    """Names of variants, if not all are wanted."""
+    """Names of variants; if there are none, all but the slow one in float32."""
     vocabulary: int = 4096
     size: int = 640
     hidden: int = 1664
@@ -83,9 +83,11 @@ class Setting:
     """How many projected gradients are compared."""
 
 
-TINY = {"vocabulary": 512, "size": 64, "hidden": 160, "layers": 2, "tokens": 32, "batch": 16, "pretrain_steps": 150}
-TINY |= {"pretrain_batch": 16, "pretrain_rate": 3e-3, "steps": 120, "every": 40, "rates": (1e-4, 3e-4)}
-TINY |= {"try_steps": 40, "adam_steps": 40, "adam_rate": 1e-3, "pairs": 8, "only": ("dense, bf16", "low-rank, int8")}
+TINY: dict[str, Any] = {
+    "vocabulary": 512, "size": 64, "hidden": 160, "layers": 2, "tokens": 32, "batch": 16, "pretrain_steps": 150,
+    "pretrain_batch": 16, "pretrain_rate": 3e-3, "steps": 120, "every": 40, "rates": (1e-4, 3e-4), "try_steps": 40,
+    "adam_steps": 40, "adam_rate": 1e-3, "pairs": 8, "only": ("dense, bf16", "low-rank, int8"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Variant:
     direction: zo.Direction
     format: Format | None = None
     rate: float = 1.0
+    dtype: str = "bfloat16"
     same: Format | None = None
     """The format that stands for the same matrices, where the variant's own also says how to multiply with them."""
 
@@ -108,13 +111,14 @@ def variants() -> list[Variant]:
     """All of them."""
     lowrank = zo.lowrank(2, refresh=50)
     rows = [
+        Variant("dense, float32", zo.normal, dtype="float32"),
         Variant(DENSE, zo.normal),
         Variant(LOWRANK, lowrank),
         Variant("low-rank, int8", lowrank, zo.int8()),
         Variant("low-rank, int4", lowrank, zo.int4(group=32)),
     ]
     if "compute" in inspect.signature(zo.int8).parameters:
-        rows.insert(3, Variant("low-rank, int8 products", lowrank, zo.int8(compute="int8"), same=zo.int8()))
+        rows.insert(4, Variant("low-rank, int8 products", lowrank, zo.int8(compute="int8"), same=zo.int8()))
     return rows
 
 
@@ -136,8 +140,7 @@ class Results:
     pretraining: dict[str, Any] = field(default_factory=dict)
     held_out_by_rate: dict[float, float] = field(default_factory=dict)
     curves: dict[str, list[Point]] = field(default_factory=dict)
-    compiling: dict[str, float] = field(default_factory=dict)
-    """Seconds."""
+    compile_seconds: dict[str, float] = field(default_factory=dict)
     correlations: dict[str, float] = field(default_factory=dict)
 
 
@@ -154,9 +157,8 @@ def read_books(folder: Path, to: Path) -> list[Path]:
 def make_tokenizer(paths: Sequence[Path], vocabulary: int) -> Tokenizer:
     """Byte-level BPE with the special tokens <s> (0) and </s> (1)."""
     tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train(
-        [str(path) for path in paths], vocab_size=vocabulary, special_tokens=["<s>", "</s>"], show_progress=False
-    )
+    files, special = [str(path) for path in paths], ["<s>", "</s>"]
+    tokenizer.train(files, vocab_size=vocabulary, special_tokens=special, show_progress=False)
     return Tokenizer.from_str(tokenizer.to_str())
 
 
@@ -171,8 +173,7 @@ class Backpropagation:
 
     def step(self, batch: Any) -> jax.Array:
         """One step; gives the loss."""
-        how = self.model, self._optimizer
-        self._params, self._state, loss = adam_step(*how, self._params, self._state, batch)
+        self._params, self._state, loss = adam_step(self.model, self._optimizer, self._params, self._state, batch)
         return loss
 
     def flush(self) -> None:
@@ -265,13 +266,13 @@ def pretrain(setting: Setting, folder: Path, console: Console) -> dict[str, Any]
 
 
 @contextlib.contextmanager
-def adapting(model: zo.Model, variant: Variant, eps: float, rate: float) -> Iterator[zo.Run]:
-    """A run of a variant, in a folder that is thrown away."""
-    estimator = zo.two_point(eps, direction=variant.direction)
-    model, optimizer, key = model.with_format(variant.format), zo.sgd(rate), jax.random.key(0)
+def adapting(folder: Path, variant: Variant, eps: float, rate: float) -> Iterator[zo.Run]:
+    """A run of a variant from the model's folder, in a directory that is thrown away."""
+    model = zo.load(folder, dtype=variant.dtype).with_format(variant.format)
+    estimator, optimizer = zo.two_point(eps, direction=variant.direction), zo.sgd(rate)
     with (
-        tempfile.TemporaryDirectory() as folder,
-        zo.Run(model, estimator, optimizer, directory=folder, key=key) as run,
+        tempfile.TemporaryDirectory() as directory,
+        zo.Run(model, estimator, optimizer, directory=directory, key=jax.random.key(0)) as run,
     ):
         yield run
 
@@ -284,16 +285,16 @@ def compare(results: Results, name: str, make: Make, batches: TextBatches, held_
     start = time.perf_counter()
     with make() as run:
         list(follow(run, replace(batches, steps=min(52, batches.steps)), held_out, batches.steps))  # with a fold
-    results.compiling[name] = time.perf_counter() - start
+    results.compile_seconds[name] = time.perf_counter() - start
     with make() as run:
         results.curves[name] = list(follow(run, batches, held_out, every))
 
 
-def best_rate(results: Results, setting: Setting, model: zo.Model, data: TextData) -> float:
+def best_rate(results: Results, setting: Setting, folder: Path, data: TextData) -> float:
     """The learning rate with which a short run of dense directions comes furthest."""
     held_out = HeldOut(data.held_out, setting.batch)
     for rate in setting.rates:
-        with adapting(model, Variant(DENSE, zo.normal), setting.eps, rate) as run:
+        with adapting(folder, Variant(DENSE, zo.normal), setting.eps, rate) as run:
             try:
                 for batch in TextBatches(data.train, setting.batch, setting.try_steps, 1):
                     run.step(batch)
@@ -304,9 +305,9 @@ def best_rate(results: Results, setting: Setting, model: zo.Model, data: TextDat
     return min(results.held_out_by_rate, key=results.held_out_by_rate.__getitem__)
 
 
-def projected_gradients(model: zo.Model, variant: Variant, eps: float, batches: TextBatches) -> np.ndarray:
+def projected_gradients(folder: Path, variant: Variant, eps: float, batches: TextBatches) -> np.ndarray:
     """g of one direction for each batch, all at the same weights: the learning rate is 0."""
-    with adapting(model, variant, eps, 0.0) as run:
+    with adapting(folder, variant, eps, 0.0) as run:
         return np.array([run.step(batch).projected_gradient[0] for batch in batches])
 
 
@@ -314,11 +315,11 @@ def correlate(results: Results, setting: Setting, folder: Path, rows: Sequence[V
     """Pearson's correlation of each variant's g with those of float32 products: same matrices, directions, batches."""
     exact: dict[Any, np.ndarray] = {}
     for variant in rows:
-        as_float32 = replace(variant, format=variant.same or variant.format)
+        as_float32 = replace(variant, dtype="float32", format=variant.same or variant.format)
         what = str(as_float32.format), variant.direction
         if what not in exact:
-            exact[what] = projected_gradients(zo.load(folder, dtype="float32"), as_float32, setting.eps, batches)
-        found = projected_gradients(zo.load(folder), variant, setting.eps, batches)
+            exact[what] = projected_gradients(folder, as_float32, setting.eps, batches)
+        found = projected_gradients(folder, variant, setting.eps, batches)
         results.correlations[variant.name] = float(np.corrcoef(found, exact[what])[0, 1])
         write(results, setting.output)
 
@@ -345,9 +346,8 @@ def draw(results: Results, path: Path) -> None:
     ends = [curve[-1].loss for name, curve in results.curves.items() if name != ADAMW or len(results.curves) == 1]
     for i, (name, curve) in enumerate(results.curves.items()):
         losses, style = [point.loss for point in curve], {"color": f"C{i}", "linewidth": 1.5}
-        label = f"{name}: {losses[-1]:.3f}"
         passes = 3 if name == ADAMW else 2  # of a step
-        left.plot([passes * point.step for point in curve], losses, label=label, **style)
+        left.plot([passes * point.step for point in curve], losses, label=f"{name}: {losses[-1]:.3f}", **style)
         right.plot([point.seconds for point in curve], losses, **style)
     left.set(xlabel="forward passes (a backward pass counts as two)", ylabel="held-out loss, nats per token")
     right.set(xlabel=f"seconds of training, {results.device}")
@@ -376,20 +376,20 @@ def main(setting: Setting) -> Results:
     results = Results(asdict(setting), jax.devices()[0].device_kind, model.parameter_count, pretraining)
     data = load_text(model, str(setting.plays), tokens=setting.tokens, batch=setting.batch)
     held_out, batches = HeldOut(data.held_out, setting.batch), TextBatches(data.train, setting.batch, setting.steps, 0)
-    rate = best_rate(results, setting, model, data)
+    rate = best_rate(results, setting, folder, data)
     console.print(f"learning rate {rate}: {results.held_out_by_rate}")
-    rows = [variant for variant in variants() if variant.name in setting.only or not setting.only]
+    rows = [v for v in variants() if (v.name in setting.only if setting.only else v.dtype == "bfloat16")]
 
     for variant in rows:
-        make = partial(adapting, model, variant, setting.eps, rate * variant.rate)
+        make = partial(adapting, folder, variant, setting.eps, rate * variant.rate)
         compare(results, variant.name, make, batches, held_out, setting.every)
         console.print(f"{variant.name}: {results.curves[variant.name][-1]}", highlight=False)
         write(results, setting.output)
     correlate(results, setting, folder, [v for v in rows if v.direction.rank], replace(batches, steps=setting.pairs))
 
     optimizer = adamw(setting.adam_rate, setting.adam_steps)
-    make = partial(first_order, model, optimizer)
-    compare(results, ADAMW, make, replace(batches, steps=setting.adam_steps), held_out, setting.every // 10)
+    batches = replace(batches, steps=setting.adam_steps)
+    compare(results, ADAMW, partial(first_order, model, optimizer), batches, held_out, setting.every // 10)
     write(results, setting.output)
     console.print(table(results))
     return results
