@@ -1,6 +1,7 @@
 """Every file in examples/ runs and does what it says."""
 
 import importlib.util
+import json
 import os
 import re
 from pathlib import Path
@@ -10,9 +11,12 @@ import ipykernel.kernelspec
 import jax
 import nbclient
 import nbformat
+import numpy as np
 import pytest
+from families import optimization
 
 import zo2jax as zo
+from zo2jax.tasks.stdlib import docstrings
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -32,7 +36,8 @@ def load_example(name: str) -> ModuleType:
 
 
 def test_every_example_is_tested():
-    assert {p.name for p in EXAMPLES.iterdir() if p.is_file()} == {*FALLS, "pretrain_tiny.py", "quickstart.ipynb"}
+    others = {"pretrain_tiny.py", "books_to_shakespeare.py", "plot_runs.py", "quickstart.ipynb"}
+    assert {p.name for p in EXAMPLES.iterdir() if p.is_file()} == {*FALLS, *others}
 
 
 @pytest.mark.parametrize("name", FALLS)
@@ -55,6 +60,51 @@ def test_pretrain_tiny(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert f"{model.parameter_count:,} parameters" in out
     assert (tmp_path / "tiny" / "README.md").read_text() in out
+
+
+@pytest.mark.slow
+def test_books_to_shakespeare(tmp_path, capsys):
+    example = load_example("books_to_shakespeare.py")
+    (tmp_path / "books").mkdir()
+    text = docstrings()
+    for i, name in enumerate(("one.txt", "two.txt")):
+        book = f"A licence\n*** START OF THE BOOK ***\n{text[50_000 * i : 50_000 * (i + 1)]}*** END OF THE BOOK ***\n"
+        (tmp_path / "books" / name).write_text(book, encoding="utf-8")
+    (tmp_path / "plays.txt").write_text(text[-20_000:], encoding="utf-8")
+    shape = {"vocabulary": 300, "size": 16, "hidden": 32, "layers": 1, "tokens": 16, "batch": 8, "pretrain_batch": 8}
+    few = {
+        "pretrain_steps": 30,
+        "steps": 52,
+        "every": 26,
+        "rates": (1e-3,),
+        "try_steps": 1,
+        "adam_steps": 10,
+        "pairs": 6,
+    }
+    only = (example.DENSE, "low-rank, int8")
+    setting = example.Setting(tmp_path / "books", tmp_path / "plays.txt", tmp_path / "out", only=only, **shape, **few)
+    with jax.numpy_dtype_promotion("standard"), optimization(False):  # optax relies on promotion
+        results = example.main(setting)
+    curves = {name: [point.step for point in curve] for name, curve in results.curves.items()}
+    assert curves == {example.DENSE: [0, 26, 52], only[1]: [0, 26, 52], example.ADAMW: [0, 2, 4, 6, 8, 10]}
+    starts, ends = ([curve[i].loss for curve in results.curves.values()] for i in (0, -1))
+    assert starts == pytest.approx([starts[0]] * 3, rel=1e-3) and max(ends) < starts[0] < np.log(300)
+    assert results.correlations == {only[1]: pytest.approx(1, abs=1e-3)}
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["curves"][example.DENSE][-1][-1] == ends[0]
+    assert (tmp_path / "out" / "losses.png").stat().st_size > 10_000
+    assert f"{results.parameters:,} parameters" in capsys.readouterr().out
+    assert "licence" not in zo.load(tmp_path / "out" / "model").tokenizer.get_vocab()
+
+
+def test_plot_runs(tmp_path, capsys):
+    for name, losses in (("a", [3.0, 2.5]), ("b", [4.0, 2.25])):
+        (tmp_path / name).mkdir()
+        lines = [{"step": 10 * i, "eval/loss": loss} for i, loss in enumerate(losses)] + [{"step": 11, "train/loss": 9}]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    runs = {"first": tmp_path / "a", "second": tmp_path / "b"}
+    assert load_example("plot_runs.py").main(runs, tmp_path / "losses.png") == {"first": 2.5, "second": 2.25}
+    assert (tmp_path / "losses.png").read_bytes()[1:4] == b"PNG"
+    assert capsys.readouterr().out.splitlines()[1] == "second: 4.0000 -> 2.2500 after 10 steps"
 
 
 @pytest.fixture
