@@ -76,7 +76,7 @@ def perturb_codes(
     >>> codes = Codes(jnp.ones((1, 4), jnp.int8), jnp.full((1, 1), 2.0))
     >>> probes = Probes(jnp.zeros((1, 2), jnp.uint32), jnp.array([[1.0], [-1.0]]))
     >>> perturb_codes(codes, None, probes, jnp.float32, pair=bits.rademacher_pair).tolist()
-    [[[3.0, 3.0, 1.0, 1.0]], [[1.0, 1.0, 3.0, 3.0]]]
+    [[[3.0, 3.0, 1.0, 3.0]], [[1.0, 1.0, 3.0, 1.0]]]
     """
     _check(codes, pending, probes, dtype, rows)
     tile = _tile(codes, 1 if probes is None else probes.matrix.shape[0], dtype)
@@ -101,7 +101,7 @@ def _check(codes: Codes | jax.Array, pending: Pending | None, probes: Probes | N
     if pending is not None:
         shapes = [list(x.shape) for x in pending]
         if shapes != [[shapes[0][0], 2], [shapes[0][0]], [], []] or not shapes[0][0]:
-            raise ValueError(f"{of} with pending {shapes}: expected keys [T, 2], coefs [T], count [] and gone []")
+            raise ValueError(f"{of} with pending {shapes}: expected keys [T, 2], coefs [T], used [] and gone []")
     if probes is not None:
         members, directions = probes.matrix.shape if probes.matrix.ndim == 2 else (0, 0)
         if not members or not directions or probes.keys.shape != (directions, 2):
@@ -155,7 +155,7 @@ def _launch(
     values, scale = (codes.codes, codes.scale.reshape(n_out)) if isinstance(codes, Codes) else (codes, None)
     view = (n_out, n_in // plan.tile[2], plan.tile[2])
     if pending is not None:
-        pending = Pending(pending.keys, pending.coefs, pending.count.reshape(1), pending.gone.reshape(1))
+        pending = Pending(pending.keys, pending.coefs, pending.used.reshape(1), pending.gone.reshape(1))
     members = 1 if probes is None else probes.matrix.shape[0]
     kernel = plgpu.kernel(
         partial(_body, plan),
@@ -208,9 +208,9 @@ def _body(plan: _Plan, values: Any, scale: Any, rows: Any, pending: Any, probes:
     if scale is not None:
         wide = quantized_reference.exact_product(wide, spread(of_rows(scale)))
     if pending is not None:
-        keys, coefs, count, gone = pending
+        keys, coefs, used, gone = pending
         term = lambda t, total: total + coefs[t] * z(keys[t, 0], keys[t, 1])  # noqa: E731
-        wide = decayed(wide, lax.fori_loop(0, count[0], term, zeros()), gone[0], jnp.float32)
+        wide = decayed(wide, lax.fori_loop(0, used[0], term, zeros()), gone[0], jnp.float32)
     if probes is None:
         out[0, *at] = wide.astype(out.dtype)
     else:

@@ -194,7 +194,7 @@ def matmul_int8(x_codes: jax.Array, x_scale: jax.Array, codes: jax.Array, scale:
 
 
 class Pending(NamedTuple):
-    """Terms that a matrix which is only read still lacks: w - gone w + sum_t coefs[t] z(keys[t]), t < count.
+    """Terms that a matrix which is only read still lacks: w - gone w + sum_t coefs[t] z(keys[t]), t < used.
 
     >>> Pending(jnp.zeros((8, 2), jnp.uint32), jnp.zeros(8), jnp.int32(0), jnp.float32(0)).coefs.shape
     (8,)
@@ -204,7 +204,7 @@ class Pending(NamedTuple):
     """uint32 [T, 2]: the threefry keys of the matrix's noise."""
     coefs: jax.Array
     """float32 [T], 12 significant bits."""
-    count: jax.Array
+    used: jax.Array
     """int32 []: how many of the T terms are there; no others are drawn."""
     gone: jax.Array
     """float32 [], 12 significant bits: the fraction of a weight that went."""
@@ -253,7 +253,7 @@ def perturb_codes(
 
     if pending is not None:
         # Of constants, XLA would drop the sum with zero and reorder the others.
-        count, gone = lax.optimization_barrier((pending.count, pending.gone))
+        count, gone = lax.optimization_barrier((pending.used, pending.gone))
         start = jnp.zeros(matrix.shape, jnp.float32)
         delta = lax.fori_loop(0, count, lambda t, total: total + pending.coefs[t] * z(pending.keys[t]), start)
         wide = reference.decayed(wide, delta, gone, jnp.float32)

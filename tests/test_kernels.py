@@ -398,10 +398,8 @@ def test_a_shape_by_name():
 
 def test_the_benchmark_writes_a_table(tmp_path, capsys):
     path = tmp_path / "bench.json"
-    bench.main(
-        [*"--op dual codes_1_dual_rademacher --size 4096 --calls 1 --json".split(), str(path)]
-        + ["--plot", str(path.with_suffix(".png"))]
-    )
+    files = ["--json", str(path), "--plot", str(path.with_suffix(".png"))]
+    bench.main(["--op", "dual", "codes_1_dual_rademacher", "--size", "4096", "--calls", "1", *files])
     printed, measured = capsys.readouterr().out, json.loads(path.read_text())
     of_codes = [row for row in measured["rows"] if row["op"] == "codes_1_dual_rademacher"]
     assert of_codes[0]["bytes"] == 5 * 4096 and of_codes[0]["differ"] == 0
