@@ -83,7 +83,7 @@ def perturb_codes(
     chosen = choose("perturb_codes", implementation, tile if isinstance(tile, str) else None)
     if rows is None:
         rows = jnp.arange(codes.shape[0], dtype=jnp.uint32)
-    instead = partial(_xla, pair, dtype)
+    instead = partial(_xla, pair, jnp.dtype(dtype))
     if chosen == "xla" or isinstance(tile, str):
         return instead(codes, pending, probes, rows)
     run = apart(partial(_launch, _Plan(tile, pair, jnp.dtype(dtype), chosen)), instead)
@@ -132,6 +132,7 @@ def _tile(codes: Codes | jax.Array, members: int, dtype: Any) -> tuple[int, int,
     return _WARPS * down, _LANES * along_row, vector
 
 
+@partial(jax.jit, static_argnums=(0, 1))  # matrices of one shape are traced once
 def _xla(
     pair: bits.WordMap,
     dtype: Any,
