@@ -152,6 +152,7 @@ def test_a_visit_needs_the_probes_of_one_leaf():
         pages,
         rest,
         (),
+        None,
         run._ids[number],
         update,
         (update.keys, jnp.asarray(estimator.probes)),

@@ -153,7 +153,8 @@ def test_a_fold_of_16_bits_rounds_once(rounding):
     pending = Pending.none(4, jax.random.key(3))
     for c in (3e-5, -1e-5):
         pending = after(pending, zo.Update(keys, jnp.array([c, c / 2]), jnp.float32(2.0**-10)))
-    ours = (pending.folded(0, w, jnp.uint32(7), zo.rademacher, rounding) for w in (start, start.astype(jnp.float32)))
+    (terms,) = pending.terms(jnp.array([7], jnp.uint32))
+    ours = (terms.folded(w, jnp.int32(5), zo.rademacher, rounding) for w in (start, start.astype(jnp.float32)))
     moved, wide = (np.asarray(w, np.float64) for w in ours)
     spacing = np.spacing(np.maximum(*np.abs((moved, wide))).astype(start.dtype)).astype(np.float64)
     off = (moved - wide) / spacing
@@ -193,3 +194,6 @@ def test_codes_need_a_refresh(tmp_path):
     )
     with pytest.raises(ValueError, match=message):
         opened(model, tmp_path, direction=zo.rademacher)
+    coded = model.with_format(zo.int8(compute="int8"))
+    with pytest.raises(ValueError, match=r"compute='int8'\): products by codes are for zo2jax\.lowrank"):
+        opened(coded, tmp_path)

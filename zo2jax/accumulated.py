@@ -5,8 +5,10 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import bits
 from zo2jax.directions import Direction, matrix_shape
 from zo2jax.factored import Basis, Beside, after, basis_of
+from zo2jax.folding import Addend
 from zo2jax.masters import Masters
 from zo2jax.models.blocks import Params, set_leaf
 from zo2jax.pages import Layout, Place, flat
@@ -33,7 +35,6 @@ class Accumulated(Masters):
     def __init__(self, layouts: Mapping[str, Layout], direction: Direction, rounding: Rounding, basis: jax.Array):
         """Begins with nothing."""
         super().__init__(layouts, direction, rounding)
-        self._direction = direction
         self._places = {name: {p: i for i, (_, p) in enumerate(x.matrices)} for name, x in layouts.items()}
         self.restart(basis)
 
@@ -63,6 +64,14 @@ class Accumulated(Masters):
     def take(self, name: str, changed: tuple[jax.Array, ...]) -> None:
         """Keeps the P of a block's matrices that a visit gave."""
         self.sums[name] = changed
+
+    def addends(self, name: str, ids: jax.Array) -> list[Addend]:
+        """What a fold takes into each matrix of a block."""
+        basis, found = self._basis, []
+        for (_, place), p, ident in zip(self._layouts[name].matrices, self.sums[name], ids, strict=True):
+            v = basis_of(basis, ident, place.shape, self._direction)
+            found.append(Addend(p, v, basis.gone, bits.fold(jax.random.key_data(basis.key), ident)))
+        return found
 
     def saved(self, name: str, ids: jax.Array) -> Params:
         """A copy of what is beside a block's matrices: {"p": .., "v": .., "gone": float32 []}, and "low"; or {}.

@@ -22,14 +22,13 @@ from pallas_kernels.quantized import Codes
 from pallas_kernels.reference import decayed
 from zo2jax.directions import Direction, expand, factors, leaf_id, matrix_shape
 from zo2jax.formats import coded_shapes
-from zo2jax.masters import shapes_low
 from zo2jax.models.blocks import Params, set_leaf
 from zo2jax.models.layers import product
 from zo2jax.models.quantized import cut, dense, rows_of, times
 from zo2jax.pages import Layout, Place, codes_in, encoded, flat
 from zo2jax.pending import merged as with_pending
 from zo2jax.pending import saved_pending, shapes_pending
-from zo2jax.updates import Rounding, Update, by_leaf, combined, folded, joined, nearest
+from zo2jax.updates import Rounding, Update, by_leaf, combined, folded, joined, residual
 
 BESIDE = ".beside"
 """What a checkpoint adds to the name of a block, for what is beside its matrices."""
@@ -81,20 +80,6 @@ class Beside(NamedTuple):
         sums = self.own if tied is None else self.tied[tied : tied + 1]
         return Factors(places, pages, ids, sums, update, probes, self.basis, direction)
 
-    def folded(
-        self, index: int, w: jax.Array, ident: jax.Array, direction: Direction, rounding: Rounding = nearest
-    ) -> jax.Array:
-        """The block's matrix of this number, W - gone W + P V^T, rounded once to the dtype of W.
-
-        >>> from zo2jax.directions import lowrank
-        >>> nothing = Beside((jnp.zeros((1, 2)),), (), Basis(jax.random.key(0), jnp.float32(0)))
-        >>> nothing.folded(0, jnp.ones((1, 3)), jnp.uint32(1), lowrank(2)).tolist()
-        [[1.0, 1.0, 1.0]]
-        """
-        v = basis_of(self.basis, ident, w.shape, direction)
-        key = bits.fold(jax.random.key_data(self.basis.key), ident)
-        return folded(w, self.own[index], v, self.basis.gone, rounding, key)
-
 
 class Factored:
     """The matrix s W + F V^T of one member, a `zo2jax.models.layers.Weight`; under vmap over members, of all of them.
@@ -105,15 +90,24 @@ class Factored:
         scale: s, float32 [].
         f: float32 [n_out, rank]: P, and the member's probe.
         v: float32 [n_in, rank], of 8 significant bits.
+        compute: how products with codes are made, as in `zo2jax.models.quantized.times`.
 
     >>> w = Factored(jnp.eye(2), jnp.float32, jnp.float32(1), jnp.array([[0.5], [0.0]]), jnp.ones((2, 1)))
     >>> w.product(jnp.ones((1, 2)), jnp.float32).tolist()
     [[2.0, 1.0]]
     """
 
-    def __init__(self, matrix: jax.Array | Codes, dtype: Any, scale: jax.Array, f: jax.Array, v: jax.Array):
+    def __init__(
+        self,
+        matrix: jax.Array | Codes,
+        dtype: Any,
+        scale: jax.Array,
+        f: jax.Array,
+        v: jax.Array,
+        compute: str = "",
+    ):
         """Computes nothing yet."""
-        self._matrix, self._scale, self._f, self._v = matrix, scale, f, v
+        self._matrix, self._scale, self._f, self._v, self._compute = matrix, scale, f, v, compute
         self.shape, self.dtype = matrix.shape, jnp.dtype(dtype)
 
     def __getitem__(self, key: Any) -> "Factored":
@@ -124,7 +118,8 @@ class Factored:
         """X [..., n_in] -> x by the transposed matrix, in ``dtype``."""
         x, matrix = lax.optimization_barrier((x, self._matrix))  # as in `zo2jax.probes.Matrices.product`
         along = product(x, self._v.T.astype(x.dtype), jnp.float32)
-        y = self._scale * times(x, matrix, dtype).astype(jnp.float32)
+        exact = jnp.float32 if self._compute == "int8" else dtype  # what no unit of 16 bits made is not rounded to them
+        y = self._scale * times(x, matrix, exact, self._compute).astype(jnp.float32)
         for j in range(self._v.shape[1]):  # a sum that becomes part of what reads y, not one more product
             y = y + along[..., j, None] * self._f[:, j]
         return y.astype(dtype)
@@ -146,7 +141,7 @@ class Factored:
 
         def slab(start: jax.Array, count: int) -> Factored:
             matrix, f = cut((self._matrix, self._f), start, count)
-            return Factored(matrix, self.dtype, self._scale, f, self._v)
+            return Factored(matrix, self.dtype, self._scale, f, self._v, self._compute)
 
         return slab
 
@@ -202,7 +197,7 @@ class Factors:
             assert self._probes is not None
             f = f + self._combined(index, self._probes.keys[index], self._probes.matrix[index][member])
         v = basis_of(self._basis, self._ids[index], place.shape, self._direction)
-        return Factored(matrix, place.dtype or matrix.dtype, self._scale, f, v)
+        return Factored(matrix, place.dtype or matrix.dtype, self._scale, f, v, place.compute)
 
     def settle_all(self) -> tuple[jax.Array, ...]:
         """P of each matrix, with the update."""
@@ -310,11 +305,13 @@ def shapes_beside(layout: Layout, direction: Direction, rounding: Rounding, *, d
     """
     if not layout.matrices:
         return {}
-    low = shapes_low(layout, rounding) if direction.refresh is not None else {}
-    if not direction.rank:
-        return shapes_pending((direction.refresh or 1) * directions) | low
     found: Params = {"p": {}, "v": {}, "gone": jax.ShapeDtypeStruct((), jnp.float32)}
-    for name, place in layout.matrices:
+    if not direction.rank:
+        found = shapes_pending((direction.refresh or 1) * directions)
+    for name, place in layout.matrices if direction.rank else ():
         for part, n in zip(("p", "v"), matrix_shape(place.shape), strict=True):
             set_leaf(found[part], name, jax.ShapeDtypeStruct((n, direction.rank), jnp.float32))
-    return found | low
+    for name, place in layout.masters(rounding == residual).matrices if direction.refresh is not None else ():
+        if dict(layout.matrices)[name].scale is None:
+            set_leaf(found.setdefault("low", {}), name, jax.ShapeDtypeStruct(place.shape, jnp.int16))
+    return found

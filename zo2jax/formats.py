@@ -30,10 +30,21 @@ class Format:
     """The most columns that share a scale; None for a whole row."""
     keep: tuple[str, ...] = ()
     """Patterns of leaves that stay as they are, such as ``*.attn.*``."""
+    compute: str = "bf16"
+    """How products are made: "bf16", by codes or decoded weights in the dtype of the activations; or "int8", of int8
+    codes with a scale a row, by activations that become int8 codes too (`zo2jax.models.quantized.times_int8`)."""
+
+    def __post_init__(self) -> None:
+        """Checks that the parts fit."""
+        if self.compute not in ("bf16", "int8"):
+            raise ValueError(f"compute is {self.compute!r}, expected 'bf16' or 'int8'")
+        if self.compute == "int8" and (self.bits != 8 or self.group):
+            raise ValueError(f"compute is int8 with {replace(self, compute='bf16')}: expected int8 with a scale a row")
 
     def __repr__(self) -> str:
         said = [f"group={self.group}"] if self.bits == 4 else [f"'group', group={self.group}"] if self.group else []
-        return f"int{self.bits}({', '.join(said + [f'keep={self.keep}'] * bool(self.keep))})"
+        said += [f"keep={self.keep}"] * bool(self.keep) + [f"compute={self.compute!r}"] * (self.compute != "bf16")
+        return f"int{self.bits}({', '.join(said)})"
 
     def group_of(self, leaf: str, shape: tuple[int, ...]) -> int | None:
         """The columns of this leaf that share a scale, a divisor of their number; None if it stays as it is.
@@ -67,7 +78,7 @@ class Format:
         return found
 
     def as_json(self) -> dict[str, Any]:
-        """What `from_json` reads.
+        """What `from_json` reads: how the weights are kept.
 
         >>> from_json(int4(group=32).as_json())
         int4(group=32)
@@ -75,18 +86,20 @@ class Format:
         return {"bits": self.bits, "group": self.group, "keep": list(self.keep)}
 
 
-def int8(per: str = "channel", *, group: int = 128, keep: tuple[str, ...] = ()) -> Format:
+def int8(per: str = "channel", *, group: int = 128, keep: tuple[str, ...] = (), compute: str = "bf16") -> Format:
     """int8 codes: one byte a weight, a scale for each row ("channel"), or for each ``group`` of its columns.
 
+    With ``compute="int8"`` activations are rounded to int8 as well, and products run at the rate of int8 matrix units.
+
     Raises:
-        ValueError: for another ``per``, or a group below 1.
+        ValueError: for another ``per`` or ``compute``, a group below 1, or groups with ``compute="int8"``.
 
     >>> int8()
     int8()
     """
     if per not in ("channel", "group"):
         raise ValueError(f"per is {per!r}, expected 'channel' or 'group'")
-    return Format(8, _positive(group) if per == "group" else None, tuple(keep))
+    return Format(8, _positive(group) if per == "group" else None, tuple(keep), compute)
 
 
 def int4(*, group: int = 64, keep: tuple[str, ...] = ()) -> Format:
@@ -101,15 +114,18 @@ def int4(*, group: int = 64, keep: tuple[str, ...] = ()) -> Format:
     return Format(4, _positive(group), tuple(keep))
 
 
-def named(name: str, group: int | None = None, keep: tuple[str, ...] = ()) -> Format:
+def named(name: str, group: int | None = None, keep: tuple[str, ...] = (), compute: str = "bf16") -> Format:
     """The format of a name, "int8" or "int4"; without a group, a scale for a whole row of int8, for 64 columns of int4.
+
+    Raises:
+        ValueError: for what does not fit together.
 
     >>> named("int8", 32), named("int4")
     (int8('group', group=32), int4(group=64))
     """
     if name == "int4":
-        return int4(keep=keep) if group is None else int4(group=group, keep=keep)
-    return int8(keep=keep) if group is None else int8("group", group=group, keep=keep)
+        return replace(int4(group=64 if group is None else group, keep=keep), compute=compute)
+    return int8("channel" if group is None else "group", group=group or 128, keep=keep, compute=compute)
 
 
 def coded_shapes(shape: tuple[int, ...], bits: int, group: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What only folds touch, in the tier of each block: float32 masters of codes, and int16 residuals of bfloat16."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -9,9 +10,11 @@ import numpy as np
 
 from pallas_kernels.quantized import decode
 from zo2jax.directions import Direction
+from zo2jax.folding import Addend, fold
 from zo2jax.models.blocks import Params, set_leaf
 from zo2jax.pages import Layout, codes_in, flat
-from zo2jax.stores import Pages, Store, result
+from zo2jax.pending import Terms
+from zo2jax.stores import Edit, Store
 from zo2jax.updates import Rounding, residual
 
 
@@ -31,7 +34,7 @@ class Masters:
 
     def __init__(self, layouts: Mapping[str, Layout], direction: Direction, rounding: Rounding):
         """Keeps nothing yet."""
-        self._layouts = layouts
+        self._layouts, self._direction, self._rounding = layouts, direction, rounding
         folds = direction.refresh is not None
         self.masters = {n: x.masters(rounding == residual) if folds else Layout((), (), ()) for n, x in layouts.items()}
         """How that lies which only folds touch, by block."""
@@ -59,14 +62,20 @@ class Masters:
     def go_on(self, name: str, kept: Params) -> None:
         """Goes on with what `saved` gave of a block, but for residuals."""
 
-    def upload(self, name: str) -> Pages:
-        """The masters of a block, on the device."""
-        return result(self._stores[name].upload()) if name in self._stores else ()
+    def addends(self, name: str, ids: jax.Array) -> Sequence[Addend | Terms]:
+        """What a fold takes into each matrix of a block; ``ids`` uint32 [matrices] are the leaf ids."""
+        raise NotImplementedError
 
-    def commit(self, name: str, pages: Pages) -> None:
-        """Keeps the masters of a block; returns when they are there."""
-        if name in self._stores and (leaving := self._stores[name].commit(pages)) is not None:
-            leaving.result()
+    def fold(self, name: str, store: Store, ids: jax.Array) -> tuple[int, int]:
+        """Takes what is beside a block's matrices into them and their masters; (bytes up, bytes down) over the link.
+
+        ``ids`` uint32 [matrices] are the leaf ids. What is beside them stays as it is until a new period begins.
+        """
+        addends, kept = self.addends(name, ids), self.masters[name]
+        own = self._stores[name].edit() if name in self._stores else nullcontext(Edit())
+        with store.edit() as pages, own as masters:
+            fold(self._layouts[name], kept, pages, masters, addends, self._direction, self._rounding)
+        return pages.up + masters.up, pages.down + masters.down
 
     def of_masters(self, name: str) -> dict[str, Any]:
         """Copies of the masters and residuals of a block, by leaf."""
@@ -81,16 +90,3 @@ class Masters:
             if low.dtype == jnp.int16:
                 set_leaf(found.setdefault("low", {}), leaf, low)
         return found
-
-
-def shapes_low(layout: Layout, rounding: Rounding) -> Params:
-    """What `Masters.saved` gives of a block with this layout, as ``jax.ShapeDtypeStruct``.
-
-    >>> shapes_low(Layout.of({"w": jnp.ones((2, 3), jnp.bfloat16)}), residual)["low"]["w"].shape
-    (2, 3)
-    """
-    found: Params = {}
-    for name, place in layout.masters(rounding == residual).matrices:
-        if dict(layout.matrices)[name].scale is None:
-            set_leaf(found.setdefault("low", {}), name, jax.ShapeDtypeStruct(place.shape, jnp.int16))
-    return found

@@ -38,6 +38,8 @@ class Place:
     scale: "Place | None" = None
     dtype: str = ""
     """Of the matrix, if it is codes."""
+    compute: str = ""
+    """How products with codes are made, as `zo2jax.formats.Format` says."""
 
     @property
     def size(self) -> int:
@@ -96,7 +98,8 @@ class Layout:
                 continue
             scale = pages.place((shape[0], shape[1] // group), "float32")
             codes = "int8" if format.bits == 8 else "uint8"
-            matrices.append((name, pages.place(shape, codes, packed=8 // format.bits, scale=scale, dtype=dtype)))
+            how = {"packed": 8 // format.bits, "scale": scale, "dtype": dtype, "compute": format.compute}
+            matrices.append((name, pages.place(shape, codes, **how)))
         return cls(tuple(matrices), tuple(pages.lengths.items()), tuple(rest))
 
     def masters(self, residuals: bool) -> "Layout":
@@ -154,11 +157,9 @@ class _Pages:
     def __init__(self) -> None:
         self.lengths: dict[str, int] = {}
 
-    def place(
-        self, shape: tuple[int, ...], page: str, *, packed: int = 1, scale: Place | None = None, dtype: str = ""
-    ) -> Place:
+    def place(self, shape: tuple[int, ...], page: str, **of_codes: Any) -> Place:
         offset = self.lengths.setdefault(page, 0)
-        place = Place(list(self.lengths).index(page), offset, shape, packed, scale, dtype)
+        place = Place(list(self.lengths).index(page), offset, shape, **of_codes)
         self.lengths[page] = offset + -(-place.size // ALIGNMENT) * ALIGNMENT
         return place
 

@@ -11,7 +11,7 @@ one read of the codes (`pallas_kernels.perturb_codes`), and nothing but keys and
 terms of a period into float32 masters (or 16-bit matrices), in one pass, and encodes those anew.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,10 +25,9 @@ from pallas_kernels.perturb_codes import perturb_codes
 from pallas_kernels.quantized_reference import Codes
 from pallas_kernels.quantized_reference import Pending as OfLeaf
 from zo2jax.directions import Direction, matrix_shape
-from zo2jax.masters import Masters
 from zo2jax.models.blocks import Params
 from zo2jax.models.quantized import cut
-from zo2jax.pages import Layout, Place
+from zo2jax.pages import Place
 from zo2jax.probes import Matrices
 from zo2jax.updates import Rounding, Update, leaf_keys, nearest, rounded
 
@@ -70,6 +69,15 @@ class Pending(NamedTuple):
         shared = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(ids), *x.shape)), (coefs, self.used, gone))
         return OfLeaf(leaf_keys(self.keys, ids), *shared)
 
+    def terms(self, ids: jax.Array) -> list["Terms"]:
+        """What a fold takes into each of the leaves with these ids.
+
+        >>> len(Pending.none(8, jax.random.key(0)).terms(jnp.arange(3, dtype=jnp.uint32)))
+        3
+        """
+        pending, seed = self.of_leaves(ids), jax.random.key_data(self.key)
+        return [Terms(jax.tree.map(lambda x, i=i: x[i], pending), bits.fold(seed, ids[i])) for i in range(len(ids))]
+
     def matrices(
         self,
         places: Sequence[Place],
@@ -87,19 +95,29 @@ class Pending(NamedTuple):
         """
         return PendingMatrices(places, pages, ids, self, probes, direction)
 
-    def folded(
-        self, index: int, w: jax.Array, ident: jax.Array, direction: Direction, rounding: Rounding = nearest
-    ) -> jax.Array:
-        """A matrix with these terms, rounded once to its dtype.
+
+class Terms(NamedTuple):
+    """What a fold takes into a matrix.
+
+    >>> Terms._fields
+    ('pending', 'key')
+    """
+
+    pending: OfLeaf
+    key: jax.Array
+    """uint32 [2], of the noise of stochastic rounding."""
+
+    def folded(self, w: jax.Array, start: jax.Array, direction: Direction, rounding: Rounding = nearest) -> jax.Array:
+        """Rows of the matrix, from ``start`` on, with these terms, rounded once to their dtype.
 
         >>> from zo2jax.directions import normal
-        >>> Pending.none(8, jax.random.key(0)).folded(0, jnp.ones((1, 2)), jnp.uint32(1), normal).tolist()
+        >>> none = Pending.none(8, jax.random.key(0)).terms(jnp.arange(1, dtype=jnp.uint32))
+        >>> none[0].folded(jnp.ones((1, 2)), jnp.int32(3), normal).tolist()
         [[1.0, 1.0]]
         """
-        mine = jax.tree.map(lambda x: x[0], self.of_leaves(ident[None]))
-        wide = perturb_codes(w.reshape(matrix_shape(w.shape)), mine, None, jnp.float32, pair=direction.pair)
-        key = bits.fold(jax.random.key_data(self.key), ident)
-        return rounded(wide, w.dtype, rounding, key).reshape(w.shape)
+        rows = jnp.asarray(start, jnp.uint32) + jnp.arange(w.shape[0], dtype=jnp.uint32)
+        wide = perturb_codes(w, self.pending, None, jnp.float32, pair=direction.pair, rows=rows)
+        return rounded(wide, w.dtype, rounding, self.key, start)
 
 
 @jax.jit
@@ -206,64 +224,8 @@ def merged(w: jax.Array | Codes, pending: Pending, ident: jax.Array, dtype: Any,
     return perturb_codes(flat, mine, None, dtype, pair=direction.pair).reshape(w.shape)
 
 
-class Listed(Masters):
-    """What all blocks of a stream lack: one list of terms; and what only folds touch, in the tier of each block.
-
-    Args:
-        layouts: by block.
-        direction: a dense one with a refresh.
-        rounding: of folds.
-        key: typed key [], of the period.
-        directions: of a step.
-
-    >>> from zo2jax.directions import dense
-    >>> layouts = {"head": Layout.of({"w": np.ones((3, 4), np.float32)})}
-    >>> Listed(layouts, dense("normal", refresh=4), nearest, jax.random.key(0), 2).beside("head", ()).coefs.shape
-    (8,)
-    """
-
-    def __init__(
-        self,
-        layouts: Mapping[str, Layout],
-        direction: Direction,
-        rounding: Rounding,
-        key: jax.Array,
-        directions: int,
-    ):
-        """Begins with nothing."""
-        super().__init__(layouts, direction, rounding)
-        assert direction.refresh is not None, "without folds the list would grow for ever"
-        self._length = direction.refresh * directions
-        self.restart(key)
-
-    def restart(self, key: jax.Array) -> None:
-        """Begins anew after a fold."""
-        self._pending = Pending.none(self._length, key)
-
-    def go_on(self, name: str, kept: Params) -> None:
-        """Goes on with what `saved` gave of a block."""
-        found = {part: jnp.asarray(kept[part]) for part in _SAVED}
-        self._pending = self._pending._replace(**found)
-
-    def beside(self, name: str, tied: Sequence[tuple[str, Place]]) -> Pending:
-        """What a visit is given beside a block's pages."""
-        return self._pending
-
-    def update(self, update: Update) -> None:
-        """Takes in an update."""
-        self._pending = after(self._pending, update)
-
-    def take(self, name: str, changed: tuple[()]) -> None:
-        """Nothing: visits change nothing of it."""
-
-    def saved(self, name: str, ids: jax.Array) -> Params:
-        """A copy of what is beside a block's matrices: {"keys", "coefs", "used", "gone"}, and "low"; or {}."""
-        if not self._layouts[name].matrices:
-            return {}
-        return {part: jnp.array(getattr(self._pending, part)) for part in _SAVED} | super().saved(name, ids)
-
-
-_SAVED = ("keys", "coefs", "used", "gone")
+SAVED = ("keys", "coefs", "used", "gone")
+"""What checkpoints hold of `Pending`."""
 
 
 def saved_pending(kept: Params) -> Pending:
@@ -273,7 +235,7 @@ def saved_pending(kept: Params) -> Pending:
     0
     """
     none = Pending.none(len(kept["coefs"]), jax.random.key(0))  # no fold will ask for the key
-    return none._replace(**{part: jnp.asarray(kept[part]) for part in _SAVED})
+    return none._replace(**{part: jnp.asarray(kept[part]) for part in SAVED})
 
 
 def shapes_pending(length: int) -> Params:
@@ -283,4 +245,4 @@ def shapes_pending(length: int) -> Params:
     (8, 2)
     """
     none = jax.eval_shape(partial(Pending.none, length), jax.random.key(0))
-    return {part: getattr(none, part) for part in _SAVED}
+    return {part: getattr(none, part) for part in SAVED}

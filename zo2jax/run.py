@@ -145,6 +145,10 @@ class Run:
                     f"{what} is {given}, with the direction {estimator.direction}: expected zo2jax.lowrank, or "
                     "zo2jax.dense with a refresh"
                 )
+        if model.format is not None and model.format.compute == "int8" and not estimator.direction.rank:
+            raise ValueError(
+                f"the format is {model.format}: products by codes are for zo2jax.lowrank, drop its compute"
+            )
         self._generated = loss if isinstance(loss, Generated) else None
         trained = bare if loss is None or isinstance(loss, Generated) else bare.with_loss(loss)
         state = mezo(bare.loss, estimator, optimizer).init(shapes, key)._replace(params={})

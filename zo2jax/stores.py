@@ -5,8 +5,9 @@ import os
 import queue
 import weakref
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,12 +15,72 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from zo2jax.link import Copy, Link, StoreError, check_host_memory
 from zo2jax.models.blocks import Params
 from zo2jax.pages import Layout
 
 Pages = tuple[jax.Array, ...]
+
+
+_LEAVING = 4
+"""Pieces of pages that are on their way to host memory at a time."""
+
+
+class Edit:
+    """Pages of which pieces are read and replaced, without ever being on the device as a whole.
+
+    Args:
+        pages: in host memory, or on the device.
+        link: to host memory, if they are there.
+
+    >>> edit = Edit([jnp.arange(4.0)])
+    >>> edit.write(0, 1, -edit.read(0, 1, 2))
+    >>> edit.pages[0].tolist()
+    [0.0, -1.0, -2.0, 3.0]
+    """
+
+    def __init__(self, pages: Sequence[Any] = (), link: Link | None = None):
+        """Moves nothing yet."""
+        self.pages, self._link = list(pages), link
+        self._leaving: list[Copy] = []
+        self.up = self.down = 0  # bytes over the link
+
+    def read(self, page: int, start: int, count: int) -> jax.Array:
+        """``count`` elements of a page, on the device; it may still be under way."""
+        if self._link is None:
+            return _piece(self.pages[page], start, count)
+        piece = self.pages[page][start : start + count]
+        self.up += piece.nbytes
+        return self._link.up(piece)
+
+    def write(self, page: int, start: int, array: jax.Array) -> None:
+        """Replaces elements by those of a flat array."""
+        if self._link is None:
+            self.pages[page] = _replaced(self.pages[page], array, start)
+            return
+        self.down += array.nbytes
+        self._leaving.append(self._link.down(array, self.pages[page][start : start + array.size]))
+        self._left(_LEAVING)
+
+    def finish(self) -> None:
+        """Returns when everything is where it belongs."""
+        self._left(0)
+
+    def _left(self, most: int) -> None:
+        while len(self._leaving) > most:
+            self._leaving.pop(0).result()
+
+
+@partial(jax.jit, static_argnums=2)
+def _piece(page: jax.Array, start: jax.Array, count: int) -> jax.Array:
+    return lax.dynamic_slice(page, (start,), (count,))
+
+
+@partial(jax.jit, donate_argnums=0)
+def _replaced(page: jax.Array, piece: jax.Array, start: jax.Array) -> jax.Array:
+    return lax.dynamic_update_slice(page, piece, (start,))
 
 
 class Store(Protocol):
@@ -33,6 +94,9 @@ class Store(Protocol):
 
     def read(self) -> list[np.ndarray] | Pages:
         """The pages as they are, for whoever copies them."""
+
+    def edit(self) -> AbstractContextManager[Edit]:
+        """The pages, to change pieces of them; kept when the context ends."""
 
 
 class OnDevice:
@@ -54,6 +118,14 @@ class OnDevice:
     def read(self) -> Pages:
         """The pages."""
         return self.upload()
+
+    @contextmanager
+    def edit(self) -> Iterator[Edit]:
+        """The pages themselves."""
+        edit = Edit(self.upload())
+        self._pages = None  # they are given away
+        yield edit
+        self.commit(tuple(edit.pages))
 
 
 class OnHost:
@@ -80,6 +152,13 @@ class OnHost:
     def read(self) -> list[np.ndarray]:
         """Views of the memory."""
         return self._pages
+
+    @contextmanager
+    def edit(self) -> Iterator[Edit]:
+        """The memory."""
+        edit = Edit(self._pages, self._link)
+        yield edit
+        edit.finish()
 
 
 class OnDisk:
@@ -150,6 +229,20 @@ class OnDisk:
         self._read(memory)
         return self._layout.views(memory)
 
+    @contextmanager
+    def edit(self) -> Iterator[Edit]:
+        """Reads the file, and writes it at the end."""
+        memory = self._staging.get()
+        try:
+            here = memory[: self._layout.nbytes]
+            self._read(here)
+            edit = Edit(self._layout.views(here), self._link)
+            yield edit
+            edit.finish()
+            self._write(here)
+        finally:
+            self._staging.put(memory)
+
     def _with_memory(self, work: Callable[[np.ndarray], Any]) -> Any:
         memory = self._staging.get()
         try:
@@ -212,6 +305,8 @@ def result(pages: "Pages | Future[Pages]") -> Pages:
 
 _STAGING = 4
 """Blocks of the disk tier that are in host memory at a time."""
+FOLDS_OF_FILES = _STAGING // 2
+"""Of those that take a fold at a time: each holds its own pages and its masters'."""
 
 
 class Tiers:

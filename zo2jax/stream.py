@@ -11,7 +11,7 @@ by matrix, and takes all members of the population one block further.
 import difflib
 import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,12 @@ from zo2jax.directions import Direction, leaf_ids
 from zo2jax.factored import merge
 from zo2jax.formats import Format
 from zo2jax.link import Copy, StoreError
+from zo2jax.listed import Listed
 from zo2jax.models.blocks import Block, Params, Source, Visit, block_of, owned_shapes, set_leaf
 from zo2jax.models.layers import Batch, Cache
 from zo2jax.pages import flat, layouts_of
-from zo2jax.pending import Listed
 from zo2jax.plan import Plan, room
-from zo2jax.stores import Pages, Store, Tiers, result
+from zo2jax.stores import FOLDS_OF_FILES, Pages, Store, Tiers, result
 from zo2jax.updates import Rounding, Update
 from zo2jax.visits import ReadOnly
 
@@ -224,13 +224,17 @@ class Stream(Mapping[str, Params]):
         """Takes what is beside the pages into them, and begins another period with this key (typed, [])."""
         assert self._sums is not None, "only pages that are read alone have folds"
         self._check_whole()
-        self._torn = True
-        for i, (stage, name) in enumerate(zip(self._stages, self._number, strict=True)):
-            held = self._sums.masters[name], self._take(i)[0], self._sums.upload(name), self._beside(i), self._ids[i]
-            pages, masters = visits.fold(stage, *held, **self._how)
-            del held
-            self._sums.commit(name, masters)
-            self._put(i, pages, None)
+        self.wait()
+        self._drop_coming()  # pages that are about to change
+        self._torn, sums = True, self._sums
+
+        def fold(i: int) -> tuple[int, int]:
+            return sums.fold(self.blocks[i].name, self._stores[i], self._ids[i][0])
+
+        files = [i for i, tier in enumerate(self.tiers.values()) if tier == "disk"]
+        with ThreadPoolExecutor(FOLDS_OF_FILES) as pool:
+            moved = [*pool.map(fold, files), *map(fold, set(range(len(self.blocks))) - set(files))]
+        self.bytes_up, self.bytes_down = map(sum, zip((self.bytes_up, self.bytes_down), *moved, strict=True))
         self._sums.restart(basis)
         self._torn = False
 
@@ -298,10 +302,15 @@ class Stream(Mapping[str, Params]):
         try:
             if not self._torn:
                 self.wait()
-            jax.block_until_ready([pages for pages in self._coming.values() if not isinstance(pages, Future)])
+            self._drop_coming()
         finally:
             self._coming.clear()
             self._kept.close()
+
+    def _drop_coming(self) -> None:
+        """Forgets what was uploaded ahead, once it is there."""
+        jax.block_until_ready([result(pages) for pages in self._coming.values()])
+        self._coming.clear()
 
     def _leaf_ids(self, block: Block) -> Any:
         layout = self.layouts[block.name]

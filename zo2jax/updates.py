@@ -170,11 +170,13 @@ def folded(
     gone: jax.Array | None = None,
     rounding: Rounding = nearest,
     key: jax.Array | None = None,
+    first: jax.Array | int = 0,
 ) -> jax.Array:
     """W - gone W + P V^T: in float32, rounded once to W's dtype; the same bits in any program.
 
     P float32 [rows, rank], V [columns, rank] as of `zo2jax.directions.factors`, ``gone`` float32 [] or None; ``key``
-    uint32 [2] is that of the noise that `stochastic` rounding takes.
+    uint32 [2] is that of the noise that `stochastic` rounding takes. W and P may be rows of a larger matrix, from
+    ``first`` on.
 
     >>> folded(jnp.ones((2, 3)), jnp.ones((2, 1)), jnp.ones((3, 1)), jnp.float32(0.5)).tolist()[0]
     [1.5, 1.5, 1.5]
@@ -182,11 +184,17 @@ def folded(
     rows, columns = matrix_shape(w.shape)
     gone = None if gone is None else lax.optimization_barrier(bits.cut12(gone))
     wide = decayed(w.astype(jnp.float32).reshape(rows, columns), expand(p, v), gone, w.dtype)
-    return rounded(wide, w.dtype, rounding, key).reshape(w.shape)
+    return rounded(wide, w.dtype, rounding, key, first).reshape(w.shape)
 
 
-def rounded(wide: jax.Array, dtype: Any, rounding: Rounding = nearest, key: jax.Array | None = None) -> jax.Array:
-    """A float32 matrix after a fold, in ``dtype``; ``key`` uint32 [2] is that of the noise that `stochastic` takes.
+def rounded(
+    wide: jax.Array,
+    dtype: Any,
+    rounding: Rounding = nearest,
+    key: jax.Array | None = None,
+    first: jax.Array | int = 0,
+) -> jax.Array:
+    """A float32 matrix after a fold, in ``dtype``; ``key`` and ``first`` as in `folded`.
 
     >>> rounded(jnp.full((1, 1), 1.003), jnp.bfloat16).tolist()
     [[1.0]]
@@ -196,7 +204,7 @@ def rounded(wide: jax.Array, dtype: Any, rounding: Rounding = nearest, key: jax.
 
     def noise() -> jax.Array:
         assert key is not None, "stochastic rounding has a key"
-        of_rows = jnp.arange(wide.shape[0], dtype=jnp.uint32)
+        of_rows = jnp.asarray(first, jnp.uint32) + jnp.arange(wide.shape[0], dtype=jnp.uint32)
         return bits.draw(bits.rounding_pair, bits.fold(key, jnp.uint32(1)), of_rows, wide.shape[1])
 
     return rounding.apply(wide, dtype, noise)

@@ -6,9 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from pallas_kernels.quantized import Codes, quantize
+from pallas_kernels.quantized import Codes
 from zo2jax.directions import Direction
 from zo2jax.factored import Beside, Factors
 from zo2jax.models.blocks import Block, Kind, Params, block_of, kinds, set_leaf
@@ -17,7 +16,7 @@ from zo2jax.models.quantized import Quantized
 from zo2jax.pages import Layout, Place
 from zo2jax.pending import Pending
 from zo2jax.probes import Matrices
-from zo2jax.updates import Rounding, Update, joined, move, split
+from zo2jax.updates import Rounding, Update, move
 
 ReadOnly = Beside | Pending
 """What a visit is given beside pages that are only read, of low-rank or of dense directions."""
@@ -39,7 +38,7 @@ class Stage:
         for name, place, there in seen:
             matrix = place.of(there)
             if isinstance(matrix, Codes):
-                weight = Quantized(matrix, place.dtype)
+                weight = Quantized(matrix, place.dtype, place.compute)
                 matrix = weight if self.kind.block.takes_weights else weight.array()
             set_leaf(leaves, name, matrix)
         return leaves
@@ -153,33 +152,6 @@ def add(
     places = [place for _, place in stage.layout.matrices]
     rest, _ = move(rest, ids[1], update, direction=direction, rounding=rounding)
     return beside.matrices(places, (), ids[0], update, (None, None), direction).settle_all(), rest
-
-
-@partial(jax.jit, static_argnames=("kept", *_STATIC), donate_argnames=("pages", "masters"))
-def fold(
-    stage: Stage, kept: Layout, pages: Any, masters: Any, beside: ReadOnly, ids: Any, direction: Direction,
-    rounding: Rounding,
-) -> tuple[Any, Any]:  # fmt: skip
-    """(pages, masters) with what was beside them; ``kept`` says how the masters lie (`zo2jax.pages.Layout.masters`)."""
-    pages, masters, master_of = list(pages), list(masters), dict(kept.matrices)
-    for i, (name, place) in enumerate(stage.layout.matrices):
-        w, take = place.of(pages), partial(beside.folded, i, ident=ids[0][i], direction=direction)
-        if (master := master_of.get(name)) is None:
-            w = take(w, rounding=rounding)
-        elif place.scale is None:
-            w, low = split(take(joined(w, master.of(masters))))
-            _put(masters, master, low)
-        else:
-            wide = lax.optimization_barrier(take(master.of(masters)))
-            _put(masters, master, wide)
-            w, scale = quantize(wide, w.bits, w.group)
-            _put(pages, place.scale, scale)
-        _put(pages, place, w)
-    return tuple(pages), tuple(masters)
-
-
-def _put(pages: list[jax.Array], place: Place, values: jax.Array) -> None:
-    pages[place.page] = lax.dynamic_update_slice(pages[place.page], values.reshape(-1), (place.offset,))
 
 
 @partial(jax.jit, static_argnames=_STATIC, donate_argnames="cache")

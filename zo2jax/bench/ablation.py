@@ -37,6 +37,8 @@ def rows(setting: Setting) -> list[tuple[str, Setting]]:
 def ablation(setting: Setting, json: str | Path | None = None) -> dict[str, Any]:
     """Measures each row in a process of its own, prints a table, and writes all numbers to ``json`` if it is given.
 
+    Rows are printed, and written, as soon as they are measured.
+
     Raises:
         ValueError: for a setting without a stream, or a file that cannot be written.
         RuntimeError: if a measurement fails.
@@ -46,11 +48,12 @@ def ablation(setting: Setting, json: str | Path | None = None) -> dict[str, Any]
     ValueError: tier device with prefetch 1: expected host or disk, and 1 or more
     """
     path, found = new_file(json), []
+    shared, result, console = ("device", "versions", "parameters"), dict[str, Any](), Console()
     for name, one in rows(setting):
         found.append({"name": name} | measured(name, measure, one, False, env=NO_PREALLOCATION))
-    Console().print(ablation_table(found, title(found[-1])))
-    shared = ("device", "versions", "parameters")
-    result = {key: found[-1][key] for key in ("setting", *shared)}
-    result["rows"] = [{key: value for key, value in row.items() if key not in shared} for row in found]
-    save(result, path)
+        console.print(f"{name}: {found[-1]['ms']:.1f} ms")
+        result = {key: found[-1][key] for key in ("setting", *shared)}
+        result["rows"] = [{key: value for key, value in row.items() if key not in shared} for row in found]
+        save(result, path)
+    console.print(ablation_table(found, title(found[-1])))
     return result

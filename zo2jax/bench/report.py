@@ -48,9 +48,13 @@ def title(found: Numbers) -> str:
     setting = found["setting"]
     cut = "" if setting["layers"] is None else f", cut to {setting['layers']} layers"
     budget = "" if setting["device_memory"] is None else f" within {setting['device_memory']}"
+    kept = setting["mode"]
+    if setting.get("format"):
+        group = f" in groups of {setting['group']}" if setting["group"] else ""
+        kept += f", {setting['format']}{group} in {setting['compute']} products"
     return (
         f"{setting['model']} ({found['parameters'] / 1e9:.2f} G parameters{cut}), "
-        f"{setting['rows']} x {setting['tokens']} tokens, {setting['mode']}, tier {setting['tier']}{budget}, "
+        f"{setting['rows']} x {setting['tokens']} tokens, {kept}, tier {setting['tier']}{budget}, "
         f"prefetch {setting['prefetch']}; {found['device']}, jax {found['versions']['jax']}"
     )
 

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.specs import MODELS, Spec
-from zo2jax.models.blocks import Params, Source
+from zo2jax.formats import Format, encode
+from zo2jax.models.blocks import Params, Source, set_leaf
 from zo2jax.models.decoder import Decoder
 from zo2jax.models.llama import LlamaConfig
 from zo2jax.models.model import Model
 from zo2jax.models.opt import OptConfig
 from zo2jax.models.qwen3 import Qwen3Config
+from zo2jax.pages import flat
 
 _CONTEXT = 2048
 
@@ -76,25 +78,43 @@ DEFAULT = Work()
 """One row of 2048 tokens."""
 
 
-def random_model(shape: str, layers: int | None = None, dtype: Any = jnp.bfloat16) -> Model:
+def random_model(
+    shape: str, layers: int | None = None, dtype: Any = jnp.bfloat16, format: Format | None = None
+) -> Model:
     """A model of a shape of `SHAPES` with random weights, cut to ``layers`` layers. All layers have those of the first.
+
+    With a format its matrices are encoded when they are made, once for all layers.
 
     >>> random_model("tiny", 1).parameter_count
     73920
     """
-    model = _cut(shape, layers).init(jax.random.key(0), dtype)
-    made, one_at_a_time = dict[str, Params](), Lock()
+    model = _cut(shape, layers).init(jax.random.key(0), dtype).with_format(format)
+    made, one_at_a_time = dict[tuple[str, Format | None], Params](), Lock()
 
-    def read(name: str) -> Params:
+    def make(name: str, format: Format | None) -> Params:
+        leaves = jax.tree.map(np.array, model.source[name])
+        return leaves if format is None else _coded(name, leaves, format)
+
+    def read(name: str, format: Format | None) -> Params:
         if not name.startswith("layers."):
-            return model.source[name]
-        part = name.split(".")[-1]
+            return make(name, format)
+        first = f"layers.0.{name.split('.')[-1]}"
         with one_at_a_time:
-            if part not in made:
-                made[part] = jax.tree.map(np.array, model.source[f"layers.0.{part}"])
-        return made[part]
+            if (first, format) not in made:
+                made[first, format] = make(first, format)
+        return made[first, format]
 
-    return model.replace(Source({block.name: partial(read, block.name) for block in model.blocks}, concurrent=True))
+    plain, codes = ({b.name: partial(read, b.name, how) for b in model.blocks} for how in (None, format))
+    return model.replace(Source(plain, concurrent=True, codes=codes))
+
+
+def _coded(block: str, leaves: Params, format: Format) -> Params:
+    """The same leaves, matrices as {"codes": .., "scale": ..}."""
+    out: Params = {}
+    for name, leaf in flat(leaves).items():
+        group = format.group_of(f"{block}.{name}", leaf.shape)
+        set_leaf(out, name, leaf if group is None else encode(leaf, format.bits, group)._asdict())
+    return out
 
 
 @lru_cache

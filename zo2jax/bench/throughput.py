@@ -18,6 +18,7 @@ from zo2jax.bench.rates import disk_rate, floor_ms, sample
 from zo2jax.bench.shapes import SHAPES, Work, random_model
 from zo2jax.directions import lowrank, normal
 from zo2jax.estimators import Estimator, two_point
+from zo2jax.formats import named
 from zo2jax.models.model import Model
 from zo2jax.optimizers import sgd
 from zo2jax.pages import Layout
@@ -59,7 +60,13 @@ class Setting:
     rank: int = 2
     """Of directions in the factored mode."""
     refresh: int = 50
-    """Steps from one fold to the next, in the factored mode."""
+    """Steps from one fold to the next, in the factored mode; 0: there is none, and matrices never change."""
+    format: str | None = None
+    """Of the matrices: "int8" or "int4"; bfloat16 if None."""
+    group: int | None = None
+    """Columns that share a scale of codes."""
+    compute: str = "bf16"
+    """How products with codes are made: "bf16" or "int8"."""
     tier: Tier = "host"
     prefetch: int = 1
     device_memory: str | None = None
@@ -76,8 +83,9 @@ class Setting:
     def __post_init__(self) -> None:
         """Checks all that can be checked before anything is measured."""
         tiers = get_args(Tier)
-        for name, known in (("model", sorted(SHAPES)), ("mode", MODES), ("tier", tiers)):
-            if getattr(self, name) not in known:
+        known_of = {"model": sorted(SHAPES), "mode": MODES, "tier": tiers, "format": ("int8", "int4")}
+        for name, known in known_of.items():
+            if getattr(self, name) not in (known if name != "format" else (None, *known)):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
         for name, least in (
             ("layers", 1),
@@ -86,17 +94,32 @@ class Setting:
             ("steps", 1),
             ("prefetch", 0),
             ("rank", 1),
-            ("refresh", 1),
+            ("refresh", 0),
+            ("group", 1),
         ):
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"{name} is {value}, expected {least} or more")
+        if self.format is not None and self.mode != "factored":
+            raise ValueError(f"format is {self.format} in the mode {self.mode}: expected the mode factored")
         if self.directory is not None and not Path(self.directory).is_dir():
             raise ValueError(f"directory is {self.directory}, expected a folder that is there")
 
     @property
     def estimator(self) -> Estimator:
         """Two-point, in the setting's mode."""
-        return two_point(1e-3, direction=lowrank(self.rank, refresh=_PERIOD) if self.mode == "factored" else normal)
+        refresh = _PERIOD if self.folds else None
+        return two_point(1e-3, direction=lowrank(self.rank, refresh=refresh) if self.mode == "factored" else normal)
+
+    @property
+    def folds(self) -> bool:
+        """Whether some steps take what is beside the matrices into them."""
+        return self.mode == "factored" and self.refresh > 0
+
+    @property
+    def random_model(self) -> Model:
+        """Of the setting's shape and format."""
+        format = None if self.format is None else named(self.format, self.group, compute=self.compute)
+        return random_model(self.model, self.layers, format=format)
 
     def plan(self, model: Model) -> Plan:
         """Where the blocks live.
@@ -120,7 +143,7 @@ def running(setting: Setting) -> Iterator[tuple[Run, dict[str, jax.Array]]]:
     ...     batch["ids"].shape
     (1, 4)
     """
-    model = random_model(setting.model, setting.layers)
+    model = setting.random_model
     model.check_tokens(setting.tokens)
     batch = Work(tokens=setting.tokens, rows=setting.rows).batch(model.config.vocabulary)
     plan = setting.plan(model)
@@ -164,21 +187,20 @@ def measure(setting: Setting, rates: bool = True) -> dict[str, Any]:
         if setting.kernels:
             found["kernels"] = choose("perturb", None)
         found["first_step_s"] = timed_step(run, batch)
-        factored = setting.mode == "factored"
-        for _ in range(_PERIOD if factored else WARM_UPS):  # with the first fold, whose program is compiled then
+        for _ in range(_PERIOD if setting.folds else WARM_UPS):  # with the first fold, whose program is compiled then
             timed_step(run, batch)
-        count = max(setting.steps, _PERIOD) if factored else setting.steps
+        count = max(setting.steps, _PERIOD) if setting.folds else setting.steps
         found["times_ms"] = [timed_step(run, batch) * 1e3 for _ in range(count)]
         found |= memory()
     found |= _step_ms(found["times_ms"], setting)
-    found |= _moving(found["ms"], layouts, down=not factored)
+    found |= _moving(found["ms"], layouts, down=setting.mode == "dense")
     found["tokens_per_s"] = setting.rows * setting.tokens / found["ms"] * 1e3
     return found | (_floors(setting, found["ms"], layouts, on_disk) if rates else {})
 
 
 def _step_ms(times: list[float], setting: Setting) -> dict[str, float]:
     """The median step; a factored one on average over a period, with the fold that is a part of it."""
-    if setting.mode == "dense":
+    if not setting.folds:
         return {"ms": statistics.median(times)}
     folds = [(i + 1) % _PERIOD == 0 for i in range(len(times))]  # the first step and a period were before them
     plain, folding = (

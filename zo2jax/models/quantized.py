@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.quantized import Codes, decode
+from pallas_kernels.quantized import Codes, decode, matmul_int8, quantize_rows
 from zo2jax.models.layers import product
 
 
-def times(x: jax.Array, matrix: jax.Array | Codes, dtype: Any) -> jax.Array:
+def times(x: jax.Array, matrix: jax.Array | Codes, dtype: Any, compute: str = "") -> jax.Array:
     """x W^T in ``dtype``, accumulated in float32: x [..., n_in], W [n_out, n_in].
 
     int8 codes with a scale a row are exact in 16 bits, and the scale is applied to the product; others are decoded to
-    the dtype of x first.
+    the dtype of x first. With ``compute`` "int8" see `times_int8`.
 
     >>> from pallas_kernels.quantized import quantize
     >>> times(jnp.ones((1, 2)), quantize(jnp.array([[63.5, -127.0]]), 8), jnp.float32).tolist()
@@ -23,10 +23,41 @@ def times(x: jax.Array, matrix: jax.Array | Codes, dtype: Any) -> jax.Array:
     """
     if not isinstance(matrix, Codes):
         return product(x, matrix, dtype)
+    if compute == "int8":
+        return times_int8(x, *matrix).astype(dtype)
     if matrix.bits == 8 and matrix.group == matrix.shape[1]:
         wide = jnp.float32 if dtype == jnp.float16 else dtype  # whose range sums of codes leave
         return (product(x, matrix.codes, wide).astype(jnp.float32) * matrix.scale[:, 0]).astype(dtype)
     return product(x, decode(matrix, x.dtype), dtype)
+
+
+@jax.custom_batching.custom_vmap
+def times_int8(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
+    """x W^T by int8 products, float32: every row of x becomes int8 codes with a scale of its own.
+
+    Members (under ``jax.vmap``) after the first are rounded as their difference from it: y_m = y_0 + (x_m - x_0) W^T.
+    So the members share the error of x_0, and that of their difference, on which the projected gradient rests, is in
+    proportion to it: with each x_m rounded by itself it would be in proportion to x_m, which is 1 / eps times larger.
+
+    Args:
+        x: [..., n_in].
+        codes: int8 [n_out, n_in].
+        scale: float32 [n_out, 1].
+
+    >>> from pallas_kernels.quantized import quantize
+    >>> w, x = quantize(jnp.array([[127.0, 1.0]]), 8), jnp.array([[1.0, 1.0], [1.0, 1.0 + 1e-3]])
+    >>> [round(float(y), 4) for y in jax.vmap(times_int8, in_axes=(0, None, None))(x, *w).ravel()]
+    [128.0, 128.001]
+    """
+    rows = quantize_rows(x.reshape(-1, x.shape[-1]))
+    return matmul_int8(*rows, codes, scale, jnp.float32).reshape(*x.shape[:-1], -1)
+
+
+@times_int8.def_vmap
+def _(size: int, in_batched: Any, x: jax.Array, codes: jax.Array, scale: jax.Array) -> Any:
+    assert in_batched[0] and not (in_batched[1] or in_batched[2]), "members share the codes"
+    y = times_int8(jnp.concatenate([x[:1], x[1:] - x[:1]]), codes, scale)
+    return jnp.concatenate([y[:1], y[:1] + y[1:]]), True
 
 
 def rows_of(matrix: jax.Array | Codes, ids: jax.Array) -> jax.Array:
@@ -67,9 +98,9 @@ class Quantized:
     [1.0, 0.0, 0.0, 0.0]
     """
 
-    def __init__(self, codes: Codes, dtype: Any):
-        """``dtype`` is that of the matrix where it is an array."""
-        self._codes, self.shape, self.dtype = codes, codes.shape, jnp.dtype(dtype)
+    def __init__(self, codes: Codes, dtype: Any, compute: str = ""):
+        """``dtype`` is that of the matrix where it is an array; ``compute`` as in `times`."""
+        self._codes, self.shape, self.dtype, self._compute = codes, codes.shape, jnp.dtype(dtype), compute
 
     def __getitem__(self, key: Any) -> "Quantized":
         """Itself: Flax variables are read as ``variable[...]``."""
@@ -77,7 +108,7 @@ class Quantized:
 
     def product(self, x: jax.Array, dtype: Any) -> jax.Array:
         """X [..., n_in] -> x W^T in ``dtype``."""
-        return times(x, self._codes, dtype)
+        return times(x, self._codes, dtype, self._compute)
 
     def array(self) -> jax.Array:
         """The matrix itself."""
@@ -89,4 +120,4 @@ class Quantized:
 
     def slabs(self) -> Callable[[jax.Array, int], "Quantized"]:
         """Rows as matrices of their own."""
-        return lambda start, count: Quantized(cut(self._codes, start, count), self.dtype)
+        return lambda start, count: Quantized(cut(self._codes, start, count), self.dtype, self._compute)
