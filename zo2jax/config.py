@@ -100,7 +100,7 @@ class Config:
     group: int = 0
     """Columns that share a scale of codes; 0: a whole row of int8, 64 of int4."""
     rounding: Literal["stochastic", "nearest", "residual"] = "stochastic"
-    """Of updates to 16-bit matrices; "residual" is exact, for low-rank directions."""
+    """Of updates to 16-bit matrices; "residual" is exact, where they are only read."""
     held_out: float = 0.1
     """Fraction of the text that is kept for evaluation."""
     eval_every: int = 500

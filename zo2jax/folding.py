@@ -40,6 +40,8 @@ class Addend(NamedTuple):
     def folded(self, w: jax.Array, start: jax.Array, direction: Direction, rounding: Rounding = nearest) -> jax.Array:
         """Rows of the matrix, from ``start`` on, with what was beside them, rounded once to their dtype.
 
+        >>> import jax.numpy as jnp
+        >>> from zo2jax.directions import lowrank
         >>> addend = Addend(jnp.ones((2, 1)), jnp.ones((3, 1)), jnp.float32(0), jnp.zeros(2, jnp.uint32))
         >>> addend.folded(jnp.ones((1, 3)), jnp.int32(1), lowrank(1)).tolist()
         [[2.0, 2.0, 2.0]]
@@ -85,6 +87,8 @@ def fold(
         direction: of what they are made of.
         rounding: of 16-bit matrices.
 
+    >>> import jax.numpy as jnp
+    >>> from zo2jax.directions import lowrank
     >>> layout, zero = Layout.of({"w": jnp.zeros((2, 3))}), jnp.zeros(2, jnp.uint32)
     >>> pages = Edit([jnp.zeros(n) for _, n in layout.pages])
     >>> addend = Addend(jnp.array([[1.0], [2.0]]), jnp.ones((3, 1)), jnp.float32(0), zero)

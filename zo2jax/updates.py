@@ -71,7 +71,7 @@ stochastic = Rounding("stochastic", bits.round_stochastically)
 
 residual = Rounding("residual", bits.round_to_nearest)
 """Exact: what rounding to nearest leaves of a float32 weight stays beside its bfloat16 as an int16. For the folds of
-low-rank directions in `zo2jax.Run`; it takes as many bytes again, which are touched at folds only."""
+directions with which `zo2jax.Run` only reads; it takes as many bytes again, which are touched at folds only."""
 
 
 def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
