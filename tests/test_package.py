@@ -22,7 +22,7 @@ LAYERS = [
     {"mezo"},
     {"models"},
     {"pages"},
-    {"probes", "pending", "factored", "link", "stores", "plan"},
+    {"probes", "pending", "factored", "link", "files", "stores", "plan"},
     {"visits", "folding"},
     {"masters"},
     {"accumulated", "listed"},

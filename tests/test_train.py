@@ -175,6 +175,27 @@ def test_a_run_that_only_reads_is_evaluated_as_it_was_while_it_ran(arguments, tm
     assert zo.load(tmp_path / "model").format is None
 
 
+def test_a_folder_of_codes_says_its_format(arguments, tiny_folder, tmp_path):
+    folder = zo.models.hub.export(zo.load(tiny_folder).with_format(zo.int4(group=8)), tmp_path / "codes")
+    config = load_config("stories260k_shakespeare", [f"model={folder}", "direction=lowrank"])
+    assert train._load(config).format == zo.load(folder, weights=False).format == zo.int4(group=8)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unoptimized")
+def test_a_folder_of_codes_is_trained_where_it_is(arguments, tiny_folder, tmp_path, capsys):
+    """The run has its format, and says how many blocks are not copied; it goes on without its files."""
+    folder = zo.models.hub.export(zo.load(tiny_folder).with_format(zo.int8()), tmp_path / "codes")
+    how = [f"model={folder}", "direction=lowrank", "refresh=0", "tier=disk", "steps=2"]
+    assert cli.main(arguments(*how)) == 0
+    assert "2 of the blocks on the disk are read from the model's own files" in capsys.readouterr().out
+    expected = read_metrics(tmp_path / "run")[-1]["eval/loss"]
+    assert train.evaluate(str(tmp_path / "run"))[1]["loss"] == pytest.approx(expected, abs=1e-5)
+    (folder / "model.safetensors").unlink()
+    assert cli.main(arguments(*how, "steps=3")) == 0
+    assert "going on after step 2" in capsys.readouterr().out
+
+
 @pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize("objective", ["candidates", "accuracy", "generated"])
 def test_a_task_is_trained_and_evaluated_in_its_tier(objective, tiny_folder, tmp_path):

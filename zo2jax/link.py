@@ -11,6 +11,7 @@ import os
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from threading import local
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 _HUGE = 1 << 21
 
@@ -139,6 +141,65 @@ class Link:
     def _call(self, name: str, *arguments: Any, hint: str = "") -> None:
         if status := getattr(self._cuda, name)(*arguments):
             raise StoreError(f"the CUDA driver's {name} failed with status {status}{hint}")
+
+
+_LEAVING = 4
+"""Pieces of pages that are on their way to host memory at a time."""
+
+
+class Edit:
+    """Pages of which pieces are read and replaced, without ever being on the device as a whole.
+
+    Args:
+        pages: in host memory, or on the device.
+        link: to host memory, if they are there.
+
+    >>> edit = Edit([jnp.arange(4.0)])
+    >>> edit.write(0, 1, -edit.read(0, 1, 2))
+    >>> edit.pages[0].tolist()
+    [0.0, -1.0, -2.0, 3.0]
+    """
+
+    def __init__(self, pages: Sequence[Any] = (), link: Link | None = None):
+        """Moves nothing yet."""
+        self.pages, self._link = list(pages), link
+        self._leaving: list[Copy] = []
+        self.up = self.down = 0  # bytes over the link
+
+    def read(self, page: int, start: int, count: int) -> jax.Array:
+        """``count`` elements of a page, on the device; it may still be under way."""
+        if self._link is None:
+            return _piece(self.pages[page], start, count)
+        piece = self.pages[page][start : start + count]
+        self.up += piece.nbytes
+        return self._link.up(piece)
+
+    def write(self, page: int, start: int, array: jax.Array) -> None:
+        """Replaces elements by those of a flat array."""
+        if self._link is None:
+            self.pages[page] = _replaced(self.pages[page], array, start)
+            return
+        self.down += array.nbytes
+        self._leaving.append(self._link.down(array, self.pages[page][start : start + array.size]))
+        self._left(_LEAVING)
+
+    def finish(self) -> None:
+        """Returns when everything is where it belongs."""
+        self._left(0)
+
+    def _left(self, most: int) -> None:
+        while len(self._leaving) > most:
+            self._leaving.pop(0).result()
+
+
+@partial(jax.jit, static_argnums=2)
+def _piece(page: jax.Array, start: jax.Array, count: int) -> jax.Array:
+    return lax.dynamic_slice(page, (start,), (count,))
+
+
+@partial(jax.jit, donate_argnums=0)
+def _replaced(page: jax.Array, piece: jax.Array, start: jax.Array) -> jax.Array:
+    return lax.dynamic_update_slice(page, piece, (start,))
 
 
 def _let_go(cuda: Any, context: ctypes.c_void_p, stream: ctypes.c_void_p, registered: dict[int, mmap.mmap]) -> None:

@@ -7,7 +7,7 @@ where kernels change it in place. Vectors (norms, biases: under 1 % of the bytes
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from pallas_kernels.quantized import Codes
 from zo2jax.directions import is_trained
 from zo2jax.formats import Format, encode
 from zo2jax.models.blocks import Block, Params, owned_shapes, set_leaf
+from zo2jax.models.tensors import Extent
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,42 @@ class Layout:
         """Bytes of all pages."""
         return sum(length * jnp.dtype(dtype).itemsize for dtype, length in self.pages)
 
+    @property
+    def _ends(self) -> list[int]:
+        """Where pages begin and end in uint8 [nbytes]."""
+        return list(accumulate((n * jnp.dtype(d).itemsize for d, n in self.pages), initial=0))
+
     def views(self, memory: np.ndarray) -> list[np.ndarray]:
         """The pages as views of uint8 [nbytes]."""
-        ends = np.cumsum([0, *(n * jnp.dtype(d).itemsize for d, n in self.pages)])
-        return [memory[a:b].view(jnp.dtype(d)) for (d, _), (a, b) in zip(self.pages, pairwise(ends), strict=True)]
+        ends = pairwise(self._ends)
+        return [memory[a:b].view(jnp.dtype(d)) for (d, _), (a, b) in zip(self.pages, ends, strict=True)]
+
+    def pieces(self, extents: Mapping[str, Extent]) -> list[tuple[int, Extent]] | None:
+        """What to read from files so that the pages, as uint8 [nbytes], hold the matrices: (the first byte, an extent).
+
+        None if a matrix, or of codes one of the two parts, is not among the extents in the shape and dtype that it has
+        here.
+
+        >>> from pathlib import Path
+        >>> from zo2jax.models.tensors import Stamp
+        >>> layout = Layout.of({"w": np.ones((2, 3), np.float32), "x": np.ones((1, 1), np.float32)})
+        >>> extents = {n: Extent(Path("m"), Stamp(99, 0), 8, s, "float32") for n, s in (("w", (2, 3)), ("x", (1, 1)))}
+        >>> [start for start, _ in layout.pieces(extents)], layout.pieces({"w": extents["w"]})
+        ([0, 8192], None)
+        """
+        begin, found = self._ends, []
+        for name, whole in self.matrices:
+            parts = (
+                [(name, whole)] if whole.scale is None else [(f"{name}.codes", whole), (f"{name}.scale", whole.scale)]
+            )
+            for part, place in parts:
+                dtype = self.pages[place.page][0]
+                shape = (*place.shape[:-1], place.shape[-1] // place.packed)
+                extent = extents.get(part)
+                if extent is None or (extent.shape, extent.dtype) != (shape, dtype):
+                    return None
+                found.append((begin[place.page] + place.offset * jnp.dtype(dtype).itemsize, extent))
+        return found
 
     def pack(self, leaves: Params, pages: list[np.ndarray]) -> None:
         """Copies the matrices among ``leaves`` (NumPy or JAX arrays) into pages in host memory.

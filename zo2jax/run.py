@@ -227,6 +227,11 @@ class Run:
         return self._done
 
     @property
+    def in_files(self) -> list[str]:
+        """Blocks of the disk tier that are read from the model's own files; see `zo2jax.stream.Stream`."""
+        return sorted(self._stream.in_files)
+
+    @property
     def state(self) -> State:
         """The state of `zo2jax.mezo`, with every update applied; a copy, of the whole model."""
         self._catch_up()

@@ -8,7 +8,6 @@ training visit applies the last step's update to a block, makes the probes of th
 by matrix, and takes all members of the population one block further.
 """
 
-import difflib
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,7 +29,7 @@ from zo2jax.listed import Listed
 from zo2jax.models.blocks import Block, Params, Source, Visit, block_of, owned_shapes, set_leaf
 from zo2jax.models.layers import Batch, Cache
 from zo2jax.pages import flat, layouts_of
-from zo2jax.plan import Plan, room
+from zo2jax.plan import Plan, following, room
 from zo2jax.stores import FOLDS_OF_FILES, Pages, Store, Tiers, result
 from zo2jax.updates import Rounding, Update
 from zo2jax.visits import ReadOnly
@@ -51,9 +50,11 @@ class Stream(Mapping[str, Params]):
         kept: what `beside` gave of each block, of a stream with the same basis; nothing if None.
         format: of the matrices; as they are if None. With a basis, or for visits without probes.
         directions: of a step.
+        fixed: whether the matrices never change, as of a stream that is not trained, or whose V never changes. Then
+            blocks of the disk tier are read from the model's own files, where these have them as pages need them.
 
     Raises:
-        StoreError: if there is too little host memory, or no room on the disk.
+        StoreError: if there is too little host memory, or no room on the disk; if the model's files have changed.
 
     >>> from zo2jax.models.llama import LlamaConfig
     >>> from zo2jax.directions import normal
@@ -77,6 +78,8 @@ class Stream(Mapping[str, Params]):
         kept: Mapping[str, Params] | None = None,
         format: Format | None = None,
         directions: int = 1,
+        *,
+        fixed: bool = False,
     ):
         """Reads the source into the stores."""
         self.blocks, self.plan = tuple(blocks), plan
@@ -90,11 +93,11 @@ class Stream(Mapping[str, Params]):
         self._shapes = shapes
         owners = {block_of(owner, shapes) for block in self.blocks for owner in block.aliases.values()}
         stay = {name for name, layout in self.layouts.items() if not layout.nbytes} | owners
-        _check_names(plan, self._number)
+        plan.check(self._number)
         self.tiers = {b.name: "device" if b.name in stay else plan.tiers.get(b.name, "device") for b in self.blocks}
         self._sizes = [0 if t == "device" else self.layouts[name].nbytes for name, t in self.tiers.items()]
         self._room = room([size for size in self._sizes if size], plan.prefetch)
-        self._next = _following([size > 0 for size in self._sizes], plan.prefetch)
+        self._next = following([size > 0 for size in self._sizes], plan.prefetch)
         self._sums: Accumulated | Listed | None = None
         if basis is not None:
             how = self.layouts, direction, rounding, basis
@@ -105,8 +108,11 @@ class Stream(Mapping[str, Params]):
         self._kept = Tiers(host, disk, directory, pinned=plan.pinned)
         self._stores: dict[int, Store] = {}
         self._rest: dict[int, dict[str, Any]] = {}
+        self.in_files: list[str] = []
+        """Blocks of the disk tier that stay in the model's own files; the others have page files."""
+        fixed = fixed or (basis is not None and direction.refresh is None)
         try:
-            self._read(source, {} if kept is None else kept)
+            self._read(source, {} if kept is None else kept, coded=format is not None, fixed=fixed)
         except BaseException:
             self._kept.close()
             raise
@@ -328,22 +334,28 @@ class Stream(Mapping[str, Params]):
             pages.append(held)
         return tuple(pages)
 
-    def _read(self, source: Mapping[str, Params], kept: Mapping[str, Params]) -> None:
+    def _read(self, source: Mapping[str, Params], kept: Mapping[str, Params], *, coded: bool, fixed: bool) -> None:
         """Puts the blocks into their tiers: the largest first, while there is room for what reading takes."""
+        made = source if isinstance(source, Source) else Source({x: partial(source.__getitem__, x) for x in source})
 
         def read(i: int) -> None:
             name = self.blocks[i].name
-            leaves = source.coded(name) if isinstance(source, Source) else source[name]
-            layout = self.layouts[name]
+            layout, keep = self.layouts[name], partial(self._kept.keep, self.tiers[name])
+            pieces = layout.pieces(made.extents(name)) if fixed and self.tiers[name] == "disk" else None
+            if pieces is None:
+                leaves = made.coded(name) if coded else made[name]
+                self._stores[i] = keep(name, layout, leaves)
+            else:
+                self._stores[i] = self._kept.find(layout, pieces)
+                leaves = made.others(name)
+                self.in_files.append(name)
             named = flat(leaves)
             self._rest[i] = {name: jnp.array(named[name]) for name in layout.rest}
-            keep = partial(self._kept.keep, self.tiers[name])
-            self._stores[i] = keep(name, layout, leaves)
             if self._sums is not None:
                 self._sums.begin(name, named, kept.get(name, {}), keep)
 
         order = sorted(range(len(self.blocks)), key=lambda i: -self.layouts[self.blocks[i].name].nbytes)
-        if getattr(source, "concurrent", False):
+        if made.concurrent:
             list(self._kept.workers.map(read, order))
         else:
             for i in order:
@@ -401,21 +413,3 @@ class Stream(Mapping[str, Params]):
 def _shapes(tree: Any) -> Any:
     """Structure, shapes and dtypes; hashable."""
     return jax.tree.structure(tree), tuple((x.shape, x.dtype) for x in jax.tree.leaves(tree))
-
-
-def _following(streamed: Sequence[bool], count: int) -> list[tuple[int, ...]]:
-    """For each block the next ``count`` others that are streamed, in a cycle.
-
-    >>> _following([True, False, True, True], 1)
-    [(2,), (2,), (3,), (0,)]
-    """
-    total = len(streamed)
-    return [tuple([j % total for j in range(i + 1, i + total) if streamed[j % total]][:count]) for i in range(total)]
-
-
-def _check_names(plan: Plan, known: Mapping[str, int]) -> None:
-    """Raises ValueError for a plan that names blocks which are not there."""
-    if unknown := [name for name in plan.tiers if name not in known]:
-        near = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the blocks are {', '.join(known)}"
-        raise ValueError(f"the plan names {', '.join(map(repr, unknown))}, which the model lacks: {hint}")

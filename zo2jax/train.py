@@ -75,6 +75,8 @@ def train(config: Config, console: Console | None = None) -> Result:
         console.print(plan.summary, highlight=False)
     run = _open_run(config, model, data, plan)
     del model  # the run holds its own copy
+    if run.in_files:
+        console.print(f"{len(run.in_files)} of the blocks on the disk are read from the model's own files")
     with run, _interruptible() as interrupted:
         if run.steps_done == 0:
             _report(console, 0, run.evaluate(data.held_out), data.unit)
@@ -112,7 +114,8 @@ def _load(config: Config) -> Model:
     """The model of a config. Once its run has a checkpoint, the files of the weights need not be there any more."""
     dtype = config.dtype or None
     try:
-        return load(config.model, dtype=dtype).with_format(config.make_format())
+        model = load(config.model, dtype=dtype)
+        return model.with_format(config.make_format() or model.format)
     except FileNotFoundError:
         folder = Path(config.directory).expanduser() / "checkpoints"
         if not folder.is_dir():
@@ -122,7 +125,7 @@ def _load(config: Config) -> Model:
             if (step := snapshots.last) is None:
                 raise
             model = load(config.model, dtype=dtype or snapshots.dtype(step), weights=False)
-            return model.with_format(config.make_format())
+            return model.with_format(config.make_format() or model.format)
         finally:
             snapshots.close()
 
@@ -207,7 +210,7 @@ def _placed(config: Config, model: Model, data: Prepared) -> Iterator[Model]:
             beside = directory if directory.is_dir() else None
             pages = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pages-", dir=beside)))
         how = config.make_estimator().direction, config.make_rounding()
-        stream = Stream(model.blocks, model.source, *how, plan, pages, format=model.format)
+        stream = Stream(model.blocks, model.source, *how, plan, pages, format=model.format, fixed=True)
         stack.callback(stream.close)
         yield model.replace(stream)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from zo2jax.models.layers import Batch, Cache
+from zo2jax.models.tensors import Extent
 
 Params = dict[str, Any]
 
@@ -108,6 +109,9 @@ class Source(Mapping[str, Params]):
         readers: by block, a function that gives its leaves: nested dictionaries of NumPy or JAX arrays.
         concurrent: whether several blocks may be read at once, as from files; those that are made take memory.
         codes: by block, what gives matrices that are kept as codes as {"codes": .., "scale": ..}; the others as well.
+        extents: by block, where leaves lie in files as they are in the model, by dotted name within the block; those of
+            codes are ``NAME.codes`` and ``NAME.scale``.
+        others: by block, what gives the leaves that ``extents`` lacks.
 
     >>> source = Source({"norm": lambda: {"scale": jax.numpy.ones(4)}})
     >>> list(source), source["norm"]["scale"].shape
@@ -120,14 +124,25 @@ class Source(Mapping[str, Params]):
         *,
         concurrent: bool = False,
         codes: Mapping[str, Callable[[], Params]] | None = None,
+        extents: Mapping[str, Mapping[str, Extent]] | None = None,
+        others: Mapping[str, Callable[[], Params]] | None = None,
     ):
         """Reads nothing."""
         self._readers, self.concurrent = dict(readers), concurrent
         self._codes = self._readers if codes is None else codes
+        self._extents, self._others = extents or {}, self._readers if others is None else others
 
     def coded(self, block: str) -> Params:
         """Reads one block, in which codes are as they are."""
         return self._codes[block]()
+
+    def extents(self, block: str) -> Mapping[str, Extent]:
+        """Where leaves of a block lie in files, by dotted name; reads nothing."""
+        return self._extents.get(block, {})
+
+    def others(self, block: str) -> Params:
+        """Reads the leaves of a block that are not among its `extents`."""
+        return self._others[block]()
 
     def __getitem__(self, block: str) -> Params:
         """Reads one block."""

@@ -29,7 +29,7 @@ from zo2jax.models.llama import LlamaConfig
 from zo2jax.models.model import Model
 from zo2jax.models.opt import OptConfig
 from zo2jax.models.qwen3 import Qwen3Config
-from zo2jax.models.tensors import FLOATS, CodedTensor, Tensor, Writer, byte_size, open_tensors
+from zo2jax.models.tensors import FLOATS, CodedTensor, Extent, Tensor, Writer, byte_size, open_tensors
 from zo2jax.models.tokenizers import read_tokenizer
 
 CONFIGS: dict[str, type[Decoder]] = {c.model_type: c for c in (LlamaConfig, Qwen3Config, OptConfig, Gpt2Config)}
@@ -164,18 +164,12 @@ def _with_matrices(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tenso
             continue  # reported as missing
         codes = tensors[f"{name}.codes"]
         shape = codes.shape[0], codes.shape[1] * (1 if codes.dtype == "int8" else 2)
-        read = partial(_read_codes, codes, scale)
-        found[name] = CodedTensor(shape, dtype, partial(_decode, read), read)
+        found[name] = CodedTensor(shape, dtype, partial(_decode, codes, scale), {"codes": codes, "scale": scale})
     return found
 
 
-def _read_codes(codes: Tensor, scale: Tensor) -> dict[str, np.ndarray]:
-    return {"codes": codes.read(), "scale": scale.read()}
-
-
-def _decode(read: Callable[[], dict[str, np.ndarray]]) -> np.ndarray:
-    codes = read()
-    return np.asarray(decode(Codes(jnp.asarray(codes["codes"]), jnp.asarray(codes["scale"])), jnp.float32))
+def _decode(codes: Tensor, scale: Tensor) -> np.ndarray:
+    return np.asarray(decode(Codes(jnp.asarray(codes.read()), jnp.asarray(scale.read())), jnp.float32))
 
 
 def _new_head(config: Decoder, dtype: Any) -> Params:
@@ -193,11 +187,18 @@ def _source(config: Decoder, matched: Mapping[str, Tensor], dtype: np.dtype) -> 
     new_head = "head.weight" not in matched and not config.shares_matrix
     leaves: dict[str, dict[str, Callable[[], Any]]] = {block: {} for block in blocks}
     codes: dict[str, dict[str, Callable[[], Any]]] = {block: {} for block in blocks}
+    others: dict[str, dict[str, Callable[[], Any]]] = {block: {} for block in blocks}
+    extents: dict[str, dict[str, Extent]] = {block: {} for block in blocks}
     for ours, tensor in matched.items():
         block, is_matrix = block_of(ours, blocks), len(tensor.shape) > 1
         kept = dtype if is_matrix else np.dtype(np.float32)
         leaves[block][ours] = partial(tensor.array, kept, transposed=config.transposed(ours))
         codes[block][ours] = tensor.codes if isinstance(tensor, CodedTensor) else leaves[block][ours]
+        if is_matrix and (found := _extents(tensor, transposed=config.transposed(ours))):
+            name = ours[len(block) + 1 :]
+            extents[block] |= {f"{name}.{part}" if part else name: extent for part, extent in found.items()}
+        else:
+            others[block][ours] = leaves[block][ours]
 
     def read(block: str, leaves: Any) -> Params:
         params = _new_head(config, dtype) if block == "head" and new_head else {}
@@ -205,8 +206,14 @@ def _source(config: Decoder, matched: Mapping[str, Tensor], dtype: np.dtype) -> 
             set_leaf(params, ours[len(block) + 1 :], leaf())
         return params
 
-    readers, coded = ({block: partial(read, block, x) for block in blocks} for x in (leaves, codes))
-    return Source(readers, concurrent=True, codes=coded)
+    readers, coded, rest = ({block: partial(read, block, x) for block in blocks} for x in (leaves, codes, others))
+    return Source(readers, concurrent=True, codes=coded, extents=extents, others=rest)
+
+
+def _extents(tensor: Tensor, *, transposed: bool) -> dict[str, Extent]:
+    """Where a matrix lies as it is in the model, under ""; of codes, under the names of their parts; or {}."""
+    parts = tensor.parts if isinstance(tensor, CodedTensor) else {} if transposed else {"": tensor}
+    return {name: part.extent for name, part in parts.items() if part.extent is not None}
 
 
 def load(source: str | Path, *, dtype: Any = None, head: HeadKind | None = None, weights: bool = True) -> Model:
@@ -241,13 +248,12 @@ def load(source: str | Path, *, dtype: Any = None, head: HeadKind | None = None,
     if dtype not in (None, jnp.float32, jnp.bfloat16, jnp.float16):
         raise ValueError(f"dtype is {dtype}, expected float32, bfloat16 or float16")
     tokenizer = read_tokenizer(folder, raw["model_type"])
-    if not weights:
-        blocks = config.blocks(dtype or jnp.float32)
-        return Model(
-            config, blocks, Source({b.name: partial(_without_weights, folder) for b in blocks}), folder, tokenizer
-        )
     try:
         format = from_json(raw[_FORMAT]) if _FORMAT in raw else None
+        if not weights:
+            blocks = config.blocks(dtype or jnp.float32)
+            nothing = Source({block.name: partial(_without_weights, folder) for block in blocks})
+            return Model(config, blocks, nothing, folder, tokenizer, format)
         matched = match(config, open_tensors(folder), new_head=head is not None, dtype=raw.get("torch_dtype"))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error

@@ -3,12 +3,13 @@
 import json
 import math
 import mmap
+import os
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -23,6 +24,44 @@ _DTYPES = FLOATS | {"int8": np.int8, "uint8": np.uint8}
 _NAMES |= {f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)} | {"F64": "float64", "BOOL": "bool"}
 
 
+class Stamp(NamedTuple):
+    """What tells whether a file is still the one that was looked at.
+
+    >>> Stamp.of(os.stat(__file__)) == Stamp.of(os.stat(__file__))
+    True
+    """
+
+    nbytes: int
+    changed: int
+    """Nanoseconds, when the file's contents last were."""
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> "Stamp":
+        """That of a file with this status."""
+        return cls(status.st_size, status.st_mtime_ns)
+
+
+class Extent(NamedTuple):
+    """Where a tensor lies in a file, row by row and without gaps.
+
+    >>> Extent(Path("x"), Stamp(4096, 0), 64, (3, 2), "bfloat16").nbytes
+    12
+    """
+
+    path: Path
+    stamp: Stamp
+    """Of the file when its header was read."""
+    offset: int
+    """The first byte."""
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it takes."""
+        return math.prod(self.shape) * np.dtype(_DTYPES[self.dtype]).itemsize
+
+
 @dataclass(frozen=True)
 class Tensor:
     """A tensor of a weight file: what the file says of it, and the function that reads it.
@@ -35,6 +74,8 @@ class Tensor:
     dtype: str
     """The name of the dtype, also of those that NumPy lacks."""
     read: Callable[[], np.ndarray]
+    extent: Extent | None = field(default=None, kw_only=True)
+    """Where it lies, if that is known."""
 
     def array(self, dtype: Any, *, transposed: bool = False) -> np.ndarray:
         """The tensor in ``dtype``, contiguous, perhaps transposed: as it lies in the file where it fits, else a copy.
@@ -50,12 +91,16 @@ class Tensor:
 class CodedTensor(Tensor):
     """A matrix whose file holds its codes and their scales, both as the matrix lies in the model.
 
-    >>> CodedTensor((1, 2), "float32", lambda: np.ones((1, 2)), lambda: {}).array(np.float32, transposed=True).shape
+    >>> CodedTensor((1, 2), "float32", lambda: np.ones((1, 2)), {}).array(np.float32, transposed=True).shape
     (1, 2)
     """
 
-    codes: Callable[[], dict[str, np.ndarray]]
-    """Reads {"codes": .., "scale": ..}."""
+    parts: Mapping[str, Tensor]
+    """The tensors of the file, "codes" and "scale"."""
+
+    def codes(self) -> dict[str, np.ndarray]:
+        """Reads {"codes": .., "scale": ..}."""
+        return {name: part.read() for name, part in self.parts.items()}
 
     def array(self, dtype: Any, *, transposed: bool = False) -> np.ndarray:
         """The matrix that the codes stand for, which is never transposed."""
@@ -117,6 +162,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
             f"{path} ({size} bytes) is truncated or no safetensors file ({error}): download or export it again"
         ) from error
     with path.open("rb") as file:
+        stamp = Stamp.of(os.fstat(file.fileno()))
         begin = 8 + int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(begin - 8))
     header.pop("__metadata__", None)
@@ -132,10 +178,12 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         mapped.madvise(mmap.MADV_WILLNEED)
         return np.frombuffer(mapped, np.uint8, end - start, start - first).view(dtype).reshape(shape)
 
-    return {
-        name: Tensor(tuple(entry["shape"]), _NAMES.get(entry["dtype"], entry["dtype"]), partial(read, entry))
-        for name, entry in header.items()
-    }
+    found = {}
+    for name, entry in header.items():
+        shape, dtype = tuple(entry["shape"]), _NAMES.get(entry["dtype"], entry["dtype"])
+        extent = Extent(path, stamp, begin + entry["data_offsets"][0], shape, dtype) if dtype in _DTYPES else None
+        found[name] = Tensor(shape, dtype, partial(read, entry), extent=extent)
+    return found
 
 
 def _pytorch(path: Path) -> dict[str, Tensor]:

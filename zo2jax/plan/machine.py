@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zo2jax.files import OnDisk
 from zo2jax.link import Copy, Link, StoreError
 from zo2jax.pages import Layout
-from zo2jax.stores import OnDisk
 
 _PAGES, _PAGE = 16, 2**25
 _WINDOW = 3  # blocks at a time, as with one that is uploaded ahead

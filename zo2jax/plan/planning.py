@@ -3,9 +3,10 @@
 What a step takes is worked out from shapes alone. Only printing a plan measures the machine.
 """
 
+import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -94,6 +95,18 @@ class Plan:
             raise ValueError(f"tiers {wrong}: expected 'device', 'host' or 'disk'")
         if self.prefetch < 0:
             raise ValueError(f"prefetch is {self.prefetch}, expected an integer of at least 0")
+
+    def check(self, blocks: Collection[str]) -> None:
+        """Raises ValueError if the plan names blocks that are not among these.
+
+        >>> Plan({"haed": "host"}).check(["embed", "head"])
+        Traceback (most recent call last):
+        ValueError: the plan names 'haed', which the model lacks: did you mean 'head'?
+        """
+        if unknown := [name for name in self.tiers if name not in blocks]:
+            near = difflib.get_close_matches(unknown[0], blocks, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the blocks are {', '.join(blocks)}"
+            raise ValueError(f"the plan names {', '.join(map(repr, unknown))}, which the model lacks: {hint}")
 
     def moved(self) -> dict[Tier, int]:
         """Bytes that a step moves each way, by the tier that they come from."""
@@ -341,6 +354,16 @@ def room(sizes: Sequence[int], prefetch: int) -> int:
     if len(sizes) <= prefetch + 2:
         return sum(sizes)
     return max(sums(prefetch + 1)[-1], sums(prefetch + 2)[len(sizes) * 3 // 4])
+
+
+def following(streamed: Sequence[bool], count: int) -> list[tuple[int, ...]]:
+    """For each block the next ``count`` others that are streamed, in a cycle.
+
+    >>> following([True, False, True, True], 1)
+    [(2,), (2,), (3,), (0,)]
+    """
+    total = len(streamed)
+    return [tuple([j % total for j in range(i + 1, i + total) if streamed[j % total]][:count]) for i in range(total)]
 
 
 def _longest_run(stays: Sequence[bool]) -> int:
