@@ -1,4 +1,4 @@
-"""Times `pallas_kernels.perturb` against XLA, the textbook and the memory's bandwidth, all in one run.
+"""Times `perturb` and `perturb_codes` against XLA, the textbook and the memory's bandwidth, all in one run.
 
 ``python -m pallas_kernels.bench [--op NAME ...] [--shape NAME ...] [--json FILE] [--plot FILE] [--size N]``
 """
@@ -20,6 +20,9 @@ from jax import lax
 
 from pallas_kernels import bits, implementations, specs
 from pallas_kernels.perturb import perturb
+from pallas_kernels.perturb_codes import perturb_codes
+from pallas_kernels.quantized import quantize
+from pallas_kernels.quantized_reference import Codes, Pending
 from pallas_kernels.reference import Probes, Rounding, Terms
 
 Step = Callable[..., tuple[jax.Array, ...]]
@@ -31,7 +34,7 @@ _DTYPES = ("bfloat16", "float16", "float32")
 
 
 class Op(NamedTuple):
-    """A call of `perturb`: how many updates of how many directions, then how many probes.
+    """A call of `perturb`: how many updates of how many directions, then how many probes; or one of `perturb_codes`.
 
     >>> OPS["update_dual"].bytes(1000, 2)
     8000
@@ -42,13 +45,19 @@ class Op(NamedTuple):
     members: int = 0
     pair: bits.WordMap = bits.normal_pair
     rounding: Rounding = bits.round_to_nearest
+    pending: int | None = None
+    """Terms that int8 codes lack; None for weights that are arrays."""
 
     def bytes(self, size: int, itemsize: int) -> int:
         """What must pass through memory: weights in; weights out if there is an update; each probe out.
 
-        >>> Op(members=1).bytes(1000, 2)
-        4000
+        The scales of codes, one a row, are left out.
+
+        >>> Op(members=1).bytes(1000, 2), Op(members=2, pending=3).bytes(1000, 2)
+        (4000, 5000)
         """
+        if self.pending is not None:
+            return size * (1 + itemsize * self.members)
         return size * itemsize * (1 + bool(self.updates) + self.members)
 
 
@@ -62,6 +71,11 @@ OPS = {
     "update_dual_stochastic": Op(updates=1, members=2, rounding=bits.round_stochastically),
     "replay16": Op(updates=16),
     "average8": Op(updates=1, directions=8),
+    "codes_dual": Op(members=2, pending=0),
+    "codes_dual_rademacher": Op(members=2, pending=0, pair=bits.rademacher_pair),
+    "codes_1_dual": Op(members=2, pending=1),
+    "codes_1_dual_rademacher": Op(members=2, pending=1, pair=bits.rademacher_pair),
+    "codes_8_dual": Op(members=2, pending=8),
 }
 """By name. Probes have one direction, and a second one is the first with the other sign."""
 
@@ -105,22 +119,28 @@ def no_noise(word: jax.Array) -> tuple[jax.Array, jax.Array]:
     return one, one
 
 
-def _arguments(op: Op, key: jax.Array) -> tuple[Terms | None, Probes | None]:
-    draws = jax.random.bits(key, (op.updates + 1, op.directions, 2), jnp.uint32)
-    coefs = jnp.full((op.updates, op.directions), _STEP, jnp.float32)
-    terms = Terms(draws[:-1], coefs) if op.updates else None
+def _arguments(op: Op, key: jax.Array) -> tuple[Terms | Pending | None, Probes | None]:
+    count = op.updates if op.pending is None else op.pending
+    draws = jax.random.bits(key, (count + 1, op.directions, 2), jnp.uint32)
+    coefs = jnp.full((count, op.directions), _STEP, jnp.float32)
+    terms: Terms | Pending | None = Terms(draws[:-1], coefs) if op.updates else None
+    if op.pending is not None:  # with room for one term more than there are
+        padded = jnp.pad(coefs[:, 0], (0, 1))
+        terms = Pending(draws[:, 0], padded, jnp.int32(op.pending), jnp.float32(0))
     matrix = jnp.array([[_EPS], [-_EPS]], jnp.float32)[: op.members]
     return terms, Probes(draws[-1, :1], matrix) if op.members else None
 
 
-def _step(op: Op, implementation: str) -> Step:
-    """A function of weights, terms and probes that gives what the op computes."""
+def _step(op: Op, implementation: str, dtype: str) -> Step:
+    """A function of weights, terms and probes that gives what the op computes; of codes, members of ``dtype``."""
     pair, rounding = op.pair, op.rounding
     if implementation == "none":
         # Stochastic rounding draws bits of its own.
         implementation, pair, rounding = "mosaic", no_noise, bits.round_to_nearest
 
-    def step(w: jax.Array, terms: Terms | None, probes: Probes | None) -> tuple[jax.Array, ...]:
+    def step(w: Any, terms: Any, probes: Probes | None) -> tuple[jax.Array, ...]:
+        if isinstance(w, Codes):
+            return (perturb_codes(w, terms, probes, dtype, pair=pair, implementation=implementation),)
         moved, members = perturb(w, terms, probes, pair=pair, rounding=rounding, implementation=implementation)
         return tuple(x for x in (moved if op.updates else None, members) if x is not None)
 
@@ -146,7 +166,7 @@ def _unsuitable(name: str, op: Op) -> str | None:
     return implementations.problem("mosaic" if name == "none" else name)
 
 
-def _seconds(step: Step, w: jax.Array, arguments: tuple[Any, ...], in_place: bool, calls: int) -> float:
+def _seconds(step: Step, w: Any, arguments: tuple[Any, ...], in_place: bool, calls: int) -> float:
     """The median, over rounds, of the mean time of a call. Results are dropped at once, to bound the memory."""
     times: list[float] = []
     for _ in range(_ROUNDS + 1):  # the first warms up
@@ -195,11 +215,12 @@ def measure(shape_name: str, shape: specs.Shape, dtype: str, ops: Sequence[str],
     >>> measure("w", (64,), "bfloat16", ["probe"], 1, log=lambda line: None)[0].implementation
     'xla'
     """
-    w = _weights(shape, dtype)
-    rate = copy_rate(w, calls)
+    array = _weights(shape, dtype)
+    rate = copy_rate(array, calls)
     rows = []
     for op_name in ops:
         op = OPS[op_name]
+        w: Any = array if op.pending is None else jax.jit(quantize, static_argnums=1)(jnp.atleast_2d(array), 8)
         arguments = _arguments(op, jax.random.key(1))
         expected = None
         for name in _IMPLEMENTATIONS:
@@ -208,18 +229,18 @@ def measure(shape_name: str, shape: specs.Shape, dtype: str, ops: Sequence[str],
                     log(f"skipped {name}: {reason}")
                 continue
             in_place = op.updates > 0
-            function = textbook if name == "textbook" else _step(op, name)
+            function = textbook if name == "textbook" else _step(op, name, dtype)
             start = time.perf_counter()
             step = jax.jit(function, donate_argnums=(0,) if in_place else ()).lower(w, *arguments).compile()
             compile_s = time.perf_counter() - start
             differ = None
             if name not in ("none", "textbook"):
-                found = step(jnp.copy(w), *arguments)
+                found = step(jnp.copy(w) if in_place else w, *arguments)
                 expected = found if expected is None else expected
                 differ = int(_differing(found, expected))
                 del found
             seconds = _seconds(step, jnp.copy(w) if in_place else w, arguments, in_place, calls)
-            total = op.bytes(w.size, w.dtype.itemsize)
+            total = op.bytes(array.size, array.dtype.itemsize)
             rows.append(Row(shape_name, op_name, name, total, 1e3 * seconds, compile_s, differ, 1e3 * total / rate))
         del expected
     return rows

@@ -3,6 +3,9 @@
 ``None`` means the best that applies; a name means that one, or NotImplementedError with the reason, never another.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -56,3 +59,26 @@ def choose(operation: str, name: str | None, limit: str | None = None) -> str:
     if reason:
         raise NotImplementedError(f"{operation} by {name!r}: {reason}")
     return name
+
+
+def apart(launch: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs a kernel; under a vmap of its arguments ``instead``, which has the same bits, takes its place.
+
+    Also keeps vmap from the kernel's reference, which it would take for one of each member.
+
+    >>> double = apart(lambda x: x + x, lambda x: 2 * x)
+    >>> jax.vmap(double)(jax.numpy.arange(3)).tolist()
+    [0, 2, 4]
+    """
+
+    @jax.custom_batching.custom_vmap
+    def run(*arguments: Any) -> Any:
+        return launch(*arguments)
+
+    @run.def_vmap
+    def batched(size: int, in_batched: Any, *arguments: Any) -> Any:
+        axes = jax.tree.map(lambda batched: 0 if batched else None, tuple(in_batched))
+        outputs = jax.vmap(instead, in_axes=axes, axis_size=size)(*arguments)
+        return outputs, jax.tree.map(lambda _: True, outputs)
+
+    return run

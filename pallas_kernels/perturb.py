@@ -5,7 +5,6 @@ threefry call serves the four. Nothing but the weights and the results passes th
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,17 +15,16 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu
 
 from pallas_kernels import bits, reference
-from pallas_kernels.implementations import choose
+from pallas_kernels.implementations import apart, choose
+from pallas_kernels.kernel_parts import by_lane, word_map, write_members
 from pallas_kernels.reference import Address, Probes, Rounding, Shard, Terms
 
-plgpu: Any = mosaic_gpu  # untyped, like the next: kernels need more of it than the oldest jax supported has
-_log2: Any = getattr(lax, "log2", None)
+plgpu: Any = mosaic_gpu  # untyped: kernels need more of it than the oldest jax supported has
 
 _TILES = (512, 256, 128)  # groups of four weights in one program: the first that divides the array
 ALIGNMENT = _TILES[0] * bits.GROUP
 """Arrays that lie in a page (`perturb_in_page`) begin at multiples of so many elements."""
 _THREADS = 128
-_TOGETHER = 8  # probes whose sums over several directions are kept in registers at once
 
 
 class _Plan(NamedTuple):
@@ -145,7 +143,7 @@ def perturb_in_page(
     def sliced(_: jax.Array, page: jax.Array, terms: Terms | None, probes: Probes | None) -> Any:
         return _sliced(page, offset, shape, terms, probes, options)
 
-    launch = _apart(partial(_launch, _Plan(where, True, pair, rounding, chosen, in_page=shape)), sliced)
+    launch = apart(partial(_launch, _Plan(where, True, pair, rounding, chosen, in_page=shape)), sliced)
     origin = jnp.append(origin, np.uint32(offset // ALIGNMENT))
     if implementation is not None:
         return launch(origin, page, terms, probes)
@@ -189,28 +187,6 @@ def _check(w: jax.Array, terms: Terms | None, probes: Probes | None) -> None:
 # --- the kernel -------------------------------------------------------------------------------------------------------
 
 
-def _normal_by_hardware(word: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`bits.normal_pair` by way of log2, exp2, sin and cos, each one instruction of the GPU.
-
-    The same values, checked for every radius and every angle on compute capability 9.0 (tests/test_kernels.py).
-    """
-    u = lax.bitcast_convert_type(((word >> np.uint32(9)) & np.uint32(0x7FFF80)) | np.uint32(0x3F800000), jnp.float32)
-    u = u - np.float32(1 - 2.0**-17)
-    shift = np.float32(0.5 * math.log2(2 * math.log(2)) + math.log2(bits.RADIUS_SCALE))
-    radius = lax.exp2(np.float32(0.5) * _log2(-_log2(u)) + shift)
-    angle = word.astype(jnp.int16).astype(jnp.float32) * np.float32(math.pi / 2**15)
-    return bits.box_muller(radius, jnp.cos(angle), jnp.sin(angle), _snap_by_adding)
-
-
-def _snap_by_adding(x: jax.Array, grid: float) -> jax.Array:
-    """Rounds to multiples of ``grid``: float32 has no finer steps beyond 2**23 grid. XLA would cancel the two sums."""
-    shift = np.float32(1.5 * 2**23 * grid)
-    return (x + shift) - shift
-
-
-_BY_HARDWARE: dict[bits.WordMap, bits.WordMap] = {bits.normal_pair: _normal_by_hardware}
-
-
 def _xla(
     plan: _Plan, origin: jax.Array, w: jax.Array, terms: Terms | None, probes: Probes | None
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -220,26 +196,7 @@ def _xla(
 def _mosaic(
     plan: _Plan, origin: jax.Array, w: jax.Array, terms: Terms | None, probes: Probes | None
 ) -> tuple[jax.Array, jax.Array | None]:
-    return _apart(partial(_launch, plan), partial(_xla, plan))(origin, w, terms, probes)
-
-
-def _apart(launch: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs the kernel; under a vmap of its arguments ``instead``, which has the same bits, takes its place.
-
-    Also keeps vmap from the kernel's reference, which it would take for one of each member.
-    """
-
-    @jax.custom_batching.custom_vmap
-    def run(origin: jax.Array, w: jax.Array, terms: Terms | None, probes: Probes | None) -> Any:
-        return launch(origin, w, terms, probes)
-
-    @run.def_vmap
-    def batched(size: int, in_batched: Any, *arguments: Any) -> Any:
-        axes = jax.tree.map(lambda batched: 0 if batched else None, tuple(in_batched))
-        outputs = jax.vmap(instead, in_axes=axes, axis_size=size)(*arguments)
-        return outputs, jax.tree.map(lambda _: True, outputs)
-
-    return run
+    return apart(partial(_launch, plan), partial(_xla, plan))(origin, w, terms, probes)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -315,19 +272,18 @@ def _body(plan: _Plan, w_ref: Any, origin: Any, terms: Any, probes: Any, *output
         return bits.threefry2x32(key0, key1, row, group)
 
     def values(of: bits.WordMap, words: tuple[jax.Array, jax.Array]) -> jax.Array:
-        a, b, c, d = (spread(x) for word in words for x in of(word))
-        return jnp.where(lane < 2, jnp.where(lane < 1, a, b), jnp.where(lane < 3, c, d))
+        return by_lane([spread(x) for word in words for x in of(word)], lane)
 
     def zeros() -> jax.Array:
         return plgpu.layout_cast(jnp.zeros((tile, bits.GROUP), jnp.float32), of_weights)
 
-    pair = _BY_HARDWARE.get(plan.pair, plan.pair) if plan.implementation == "mosaic" else plan.pair
+    pair = word_map(plan.pair, plan.implementation)
     wide = plgpu.load(w_ref.at[slot], layout=of_weights, optimized=False).astype(jnp.float32)
     if terms is not None:
         wide = _updated(wide, terms, dtype, plan.rounding, (words, partial(values, pair), values), zeros)
         w_ref[slot] = wide.astype(dtype)
     if probes is not None:
-        _write_probes(wide, probes, outputs[0], program, lambda *key: values(pair, words(*key)), zeros)
+        write_members(wide, probes, outputs[0], (program,), lambda *key: values(pair, words(*key)), zeros)
 
 
 def _updated(wide: jax.Array, terms: Any, dtype: Any, rounding: Rounding, draws: Any, zeros: Any) -> jax.Array:
@@ -352,24 +308,3 @@ def _updated(wide: jax.Array, terms: Any, dtype: Any, rounding: Rounding, draws:
         return rounding(x, dtype, lambda: values(bits.rounding_pair, first)).astype(jnp.float32)
 
     return update(0, wide) if updates == 1 else lax.fori_loop(0, updates, update, wide)
-
-
-def _write_probes(wide: jax.Array, probes: Any, out: Any, program: Any, z: Any, zeros: Any) -> None:
-    """Writes a program's part of each member."""
-    keys, matrix = probes
-    members, directions = matrix.shape
-    if directions == 1:
-        noise = z(keys[0, 0], keys[0, 1])
-        for m in range(members):
-            out[m, program] = (wide + matrix[m, 0] * noise).astype(out.dtype)
-        return
-    for start in range(0, members, _TOGETHER):
-        chunk = range(start, min(start + _TOGETHER, members))
-
-        def accumulate(k: Any, deltas: tuple[jax.Array, ...], chunk: range = chunk) -> tuple[jax.Array, ...]:
-            noise = z(keys[k, 0], keys[k, 1])
-            return tuple(delta + matrix[m, k] * noise for m, delta in zip(chunk, deltas, strict=True))
-
-        deltas = lax.fori_loop(0, directions, accumulate, tuple(zeros() for _ in chunk))
-        for m, delta in zip(chunk, deltas, strict=True):
-            out[m, program] = (wide + delta).astype(out.dtype)

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
 from pallas_kernels import quantized_reference as reference
-from pallas_kernels.implementations import choose
+from pallas_kernels.implementations import apart, choose
 from pallas_kernels.quantized_reference import QMAX, Codes
 
 plgpu: Any = mosaic_gpu  # untyped: kernels need more of it than the oldest jax supported has
@@ -246,18 +246,8 @@ def _plan(codes: Codes, dtype: Any) -> _Plan | str:
 
 
 def _run(launch: Callable[..., Any], instead: Callable[..., Any], implementation: str | None) -> Callable[..., Any]:
-    """Runs the kernel, and ``instead``, which has the same bits, under vmap and on platforms other than CUDA."""
-
-    @jax.custom_batching.custom_vmap
-    def run(x: Any) -> Any:
-        return launch(x)
-
-    @run.def_vmap
-    def batched(size: int, in_batched: Any, x: Any) -> Any:
-        axes = jax.tree.map(lambda batched: 0 if batched else None, tuple(in_batched))
-        outputs = jax.vmap(instead, in_axes=axes, axis_size=size)(x)
-        return outputs, jax.tree.map(lambda _: True, outputs)
-
+    """Runs the kernel, and ``instead`` under vmap and, if no implementation is named, on platforms other than CUDA."""
+    run = apart(launch, instead)
     if implementation is not None:
         return run
     return lambda x: lax.platform_dependent(x, cuda=run, default=instead)

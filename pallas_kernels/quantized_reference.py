@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels import bits, reference
+
 QMAX = {8: 127, 4: 7}
 """The largest code, by the number of bits; the smallest is its negative."""
 SMALLEST_SCALE = 2.0**-100
@@ -189,3 +191,70 @@ def matmul_int8(x_codes: jax.Array, x_scale: jax.Array, codes: jax.Array, scale:
     """
     sums = lax.dot_general(x_codes, codes, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
     return (sums.astype(jnp.float32) * (x_scale * scale.reshape(1, -1))).astype(dtype)
+
+
+class Pending(NamedTuple):
+    """Terms that a matrix which is only read still lacks: w - gone w + sum_t coefs[t] z(keys[t]), t < used.
+
+    >>> Pending(jnp.zeros((8, 2), jnp.uint32), jnp.zeros(8), jnp.int32(0), jnp.float32(0)).coefs.shape
+    (8,)
+    """
+
+    keys: jax.Array
+    """uint32 [T, 2]: the threefry keys of the matrix's noise."""
+    coefs: jax.Array
+    """float32 [T], 12 significant bits."""
+    used: jax.Array
+    """int32 []: how many of the T terms are there; no others are drawn."""
+    gone: jax.Array
+    """float32 [], 12 significant bits: the fraction of a weight that went."""
+
+
+def exact_product(values: jax.Array, scale: jax.Array) -> jax.Array:
+    """values * scale, rounded to float32 before anything is added to it; ``values`` have 12 significant bits at most.
+
+    A compiler may fuse a product with a sum that follows, and so skip the rounding. Of two exact products only the sum
+    is rounded, whatever is fused.
+
+    >>> float(exact_product(jnp.float32(3.0), jnp.float32(0.1))) == float(np.float32(3) * np.float32(0.1))
+    True
+    """
+    high = bits.cut12(scale)
+    return values * high + values * (scale - high)
+
+
+def perturb_codes(
+    matrix: Codes | jax.Array,
+    pending: Pending | None,
+    probes: reference.Probes | None,
+    rows: jax.Array,
+    dtype: Any,
+    *,
+    pair: bits.WordMap,
+) -> jax.Array:
+    """The weights with what is pending, or probes of those; see `pallas_kernels.perturb_codes`.
+
+    >>> codes, rows = Codes(jnp.ones((1, 4), jnp.int8), jnp.full((1, 1), 2.0)), jnp.zeros(1, jnp.uint32)
+    >>> pending = Pending(jnp.zeros((1, 2), jnp.uint32), jnp.ones(1), jnp.int32(1), jnp.float32(0.5))
+    >>> perturb_codes(codes, pending, None, rows, jnp.float32, pair=bits.rademacher_pair).tolist()
+    [[2.0, 2.0, 0.0, 0.0]]
+    """
+    if isinstance(matrix, Codes):
+        (n_out, n_in), group = matrix.shape, matrix.group
+        values = matrix.codes if matrix.bits == 8 else unpack(matrix.codes)
+        values = values.astype(jnp.float32).reshape(n_out, n_in // group, group)
+        wide = exact_product(values, matrix.scale[:, :, None]).reshape(n_out, n_in)
+    else:
+        wide = matrix.astype(jnp.float32)
+    columns = matrix.shape[1]
+
+    def z(key: jax.Array) -> jax.Array:
+        return bits.draw(pair, key, rows, columns)
+
+    if pending is not None:
+        # Of constants, XLA would drop the sum with zero and reorder the others.
+        count, gone = lax.optimization_barrier((pending.used, pending.gone))
+        start = jnp.zeros(matrix.shape, jnp.float32)
+        delta = lax.fori_loop(0, count, lambda t, total: total + pending.coefs[t] * z(pending.keys[t]), start)
+        wide = reference.decayed(wide, delta, gone, jnp.float32)
+    return wide.astype(dtype) if probes is None else reference.members(wide, probes, z, dtype)

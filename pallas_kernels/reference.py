@@ -202,10 +202,20 @@ def perturb(
         w = wide.astype(w.dtype)
     if probes is None:
         return w, None
-    matrix = probes.matrix.reshape(*probes.matrix.shape, *(1,) * w.ndim)
-    start = jnp.zeros((matrix.shape[0], *w.shape), jnp.float32)
-    delta = _sum(matrix.shape[1], lambda k: matrix[:, k] * values(pair, words(probes.keys[k])), start)
-    return w, (wide + delta).astype(w.dtype)
+    return w, members(wide, probes, lambda key: values(pair, words(key)), w.dtype)
+
+
+def members(wide: jax.Array, probes: Probes, z: Callable[[jax.Array], jax.Array], dtype: Any) -> jax.Array:
+    """wide + sum_k matrix[m, k] z(keys[k]) for float32 ``wide``, rounded once to ``dtype``: [M, *wide.shape].
+
+    >>> probes = Probes(jnp.zeros((1, 2), jnp.uint32), jnp.array([[1.0], [-1.0]]))
+    >>> members(jnp.zeros(2), probes, lambda key: jnp.array([1.0, 2.0]), jnp.float32).tolist()
+    [[1.0, 2.0], [-1.0, -2.0]]
+    """
+    matrix = probes.matrix.reshape(*probes.matrix.shape, *(1,) * wide.ndim)
+    start = jnp.zeros((matrix.shape[0], *wide.shape), jnp.float32)
+    delta = _sum(matrix.shape[1], lambda k: matrix[:, k] * z(probes.keys[k]), start)
+    return (wide + delta).astype(dtype)
 
 
 def _sum(count: int, term: Callable[[Any], jax.Array], start: jax.Array) -> jax.Array:

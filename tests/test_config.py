@@ -33,6 +33,17 @@ def test_overrides_are_typed():
     assert config.make_estimator().direction is zo.rademacher and config.dtype == "bfloat16"
 
 
+def test_dense_directions_have_a_refresh_with_a_format():
+    config = with_overrides(Config, ["direction=normal", "refresh=8", "format=int8"])
+    assert config.make_estimator().direction == zo.dense("normal", refresh=8) and config.as_json()["refresh"] == 8
+    plain = with_overrides(Config, ["direction=normal", "refresh=8"])
+    assert plain.make_estimator().direction is zo.normal and "refresh" not in plain.as_json()
+    with pytest.raises(
+        ConfigError, match=r"format=int8, direction=normal, refresh=0: expected a refresh, such as 8, or"
+    ):
+        with_overrides(Config, ["refresh=0", "format=int8"])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

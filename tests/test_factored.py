@@ -195,7 +195,7 @@ def test_what_arrives_of_small_updates(rounding, arriving, noise):
 
 def test_residual_rounding_is_for_low_rank_directions(tmp_path):
     model = FAMILIES["llama"](True).init(jax.random.key(1))
-    with pytest.raises(ValueError, match=r"rounding is residual: expected it with zo2jax\.lowrank, not with normal"):
+    with pytest.raises(ValueError, match=r"rounding is residual, with the direction normal: expected zo2jax\.lowrank"):
         zo.Run(model, zo.two_point(1e-3), zo.sgd(1e-3), directory=tmp_path, key=jax.random.key(5), rounding=zo.residual)
     with pytest.raises(ValueError, match=r"rounding is residual, which zo2jax\.Run keeps"):
         zo.mezo(model.loss, zo.two_point(1e-3), zo.sgd(1e-3), rounding=zo.residual)
@@ -269,5 +269,5 @@ def test_a_run_of_codes_goes_on_with_the_same_bits(refresh, tmp_path):
 
 def test_formats_are_for_low_rank_directions(tmp_path):
     model = FAMILIES["llama"](True).init(jax.random.key(1)).with_format(zo.int8())
-    with pytest.raises(ValueError, match=r"the format is int8\(\): expected zo2jax\.lowrank, not normal"):
+    with pytest.raises(ValueError, match=r"the format is int8\(\), with the direction normal: expected"):
         zo.Run(model, zo.two_point(1e-3), zo.sgd(1e-3), directory=tmp_path, key=jax.random.key(5))

@@ -398,11 +398,12 @@ def test_a_shape_by_name():
 
 def test_the_benchmark_writes_a_table(tmp_path, capsys):
     path = tmp_path / "bench.json"
-    bench.main(
-        ["--op", "dual", "--size", "4096", "--calls", "1", "--json", str(path), "--plot", str(path.with_suffix(".png"))]
-    )
+    files = ["--json", str(path), "--plot", str(path.with_suffix(".png"))]
+    bench.main(["--op", "dual", "codes_1_dual_rademacher", "--size", "4096", "--calls", "1", *files])
     printed, measured = capsys.readouterr().out, json.loads(path.read_text())
-    rows = {row["implementation"]: row for row in measured["rows"]}
+    of_codes = [row for row in measured["rows"] if row["op"] == "codes_1_dual_rademacher"]
+    assert of_codes[0]["bytes"] == 5 * 4096 and of_codes[0]["differ"] == 0
+    rows = {row["implementation"]: row for row in measured["rows"] if row["op"] == "dual"}
     assert {"xla", "textbook"} <= set(rows) and rows["xla"]["differ"] == 0
     assert all(row["ms"] > 0 and row["bytes"] == 6 * 4096 and row["compile_s"] > 0 for row in rows.values())
     assert measured["versions"]["jax"] == jax.__version__ and "dual" in printed and jax.__version__ in printed

@@ -163,10 +163,10 @@ def test_tiers_change_no_weights_and_no_evaluation(arguments, tmp_path, capsys, 
 
 
 @pytest.mark.usefixtures("unoptimized")
-@pytest.mark.parametrize("format", ["", "int8"])
-def test_a_low_rank_run_is_evaluated_as_it_was_while_it_ran(arguments, tmp_path, capsys, format):
+@pytest.mark.parametrize(("format", "direction"), [("", "lowrank"), ("int8", "lowrank"), ("int8", "rademacher")])
+def test_a_run_that_only_reads_is_evaluated_as_it_was_while_it_ran(arguments, tmp_path, capsys, format, direction):
     """Within a period, from its checkpoint alone and from its export."""
-    how = [f"format={format}", "direction=lowrank", "refresh=3", "dtype=bfloat16", "learning_rate=0.01"]
+    how = [f"format={format}", f"direction={direction}", "refresh=3", "dtype=bfloat16", "learning_rate=0.01"]
     assert cli.main(arguments(*how)) == 0
     assert cli.main(arguments(*how, "steps=8", "tier=host")) == 0
     expected = read_metrics(tmp_path / "run")[-1]["eval/loss"]

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import optax
 import tyro
 
-from zo2jax.directions import Direction, lowrank, normal, rademacher
+from zo2jax.directions import Direction, dense, lowrank
 from zo2jax.estimators import Estimator, averaged, two_point
 from zo2jax.formats import Format, named
 from zo2jax.models.model import Model
@@ -22,7 +22,6 @@ from zo2jax.optimizers import Optimizer, sgd
 from zo2jax.plan import Plan, parse_size, plan
 from zo2jax.updates import Rounding, nearest, residual, stochastic
 
-_DIRECTIONS: dict[str, Direction] = {"normal": normal, "rademacher": rademacher}
 _ROUNDINGS: dict[str, Rounding] = {"nearest": nearest, "stochastic": stochastic, "residual": residual}
 
 
@@ -85,21 +84,23 @@ class Config:
     eps: float = 1e-3
     """Perturbation scale."""
     direction: Literal["normal", "rademacher", "lowrank"] = "normal"
-    """Of the perturbations; with "lowrank" matrices are only read but for a fold every ``refresh`` steps."""
+    """Of the perturbations; with "lowrank", or with a ``format``, matrices are only read but for a fold every
+    ``refresh`` steps."""
     rank: int = 2
     """Of low-rank directions."""
     refresh: int = 50
-    """Steps for which low-rank directions keep one factor; 0: for all."""
+    """Steps for which low-rank directions keep one factor; 0: for all. With a ``format``, steps whose updates dense
+    directions add anew in each: 4 to 16 are usual."""
     directions: int = 1
     """Directions a step, averaged; each costs two forward passes."""
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""
     """Of the matrices; empty keeps the checkpoint's."""
     format: Literal["", "int8", "int4"] = ""
-    """How matrices are kept, for low-rank directions; empty for as they are."""
+    """How matrices are kept; empty for as they are."""
     group: int = 0
     """Columns that share a scale of codes; 0: a whole row of int8, 64 of int4."""
     rounding: Literal["stochastic", "nearest", "residual"] = "stochastic"
-    """Of updates to 16-bit matrices; "residual" is exact, for low-rank directions."""
+    """Of updates to 16-bit matrices; "residual" is exact, where they are only read."""
     held_out: float = 0.1
     """Fraction of the text that is kept for evaluation."""
     eval_every: int = 500
@@ -127,16 +128,14 @@ class Config:
         for name in (*counts, "train_examples", "dev_examples", "eval_examples"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected an integer of at least 1")
-        if self.format and self.direction != "lowrank":
-            raise ConfigError(f"format={self.format}, direction={self.direction}: expected direction=lowrank with it")
-        if self.direction == "lowrank":
-            try:
-                lowrank(self.rank, refresh=self.refresh or None)
-            except ValueError as error:
-                raise ConfigError(str(error)) from None
         for name in ("demonstrations", "prefetch", "group", "refresh"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected an integer of at least 0")
+        if not self.make_direction().read_only and self.format:
+            raise ConfigError(
+                f"format={self.format}, direction={self.direction}, refresh=0: expected a refresh, such as 8, or "
+                "direction=lowrank"
+            )
         if self.device_memory:
             try:
                 parse_size(self.device_memory)
@@ -155,9 +154,21 @@ class Config:
 
     def make_estimator(self) -> Estimator:
         """The estimator that the config describes."""
-        direction = _DIRECTIONS.get(self.direction) or lowrank(self.rank, refresh=self.refresh or None)
-        one = two_point(self.eps, direction=direction)
+        one = two_point(self.eps, direction=self.make_direction())
         return one if self.directions == 1 else averaged(one, self.directions)
+
+    def make_direction(self) -> Direction:
+        """The direction of the estimator; a dense one has a refresh if there is a format.
+
+        Raises:
+            ConfigError: for a rank out of range.
+        """
+        if self.direction != "lowrank":
+            return dense(self.direction, refresh=(self.refresh or None) if self.format else None)
+        try:
+            return lowrank(self.rank, refresh=self.refresh or None)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
     def make_optimizer(self) -> Optimizer:
         """SGD with the config's schedule, decay and clip."""
@@ -196,7 +207,8 @@ class Config:
         values = asdict(self)
         neutral: tuple[str, ...] = ("directory", "tensorboard", "eval_examples", "demonstrations", "scoring")
         neutral += () if self.format else ("format", "group")
-        neutral += () if self.direction == "lowrank" else ("rank", "refresh")
+        neutral += () if self.direction == "lowrank" else ("rank",)
+        neutral += () if self.direction == "lowrank" or self.format else ("refresh",)
         for name in (*neutral, "tier", "device_memory", "prefetch"):
             del values[name]
         values |= {name: _absolute(values[name]) for name in ("model", "task", "validation")}

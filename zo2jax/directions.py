@@ -34,7 +34,16 @@ class Direction:
     rank: int = 0
     """Of z for matrices; 0: z has an entry of its own for each weight."""
     refresh: int | None = None
-    """Steps for which V is kept, if there is a rank; None: always."""
+    """Steps between two folds, for which V is kept, if there is a rank; None: always, or, without a rank, no folds."""
+
+    @property
+    def read_only(self) -> bool:
+        """Whether `zo2jax.Run` only reads matrices, but for folds.
+
+        >>> normal.read_only, dense("normal", refresh=8).read_only, lowrank(2, refresh=None).read_only
+        (False, True, True)
+        """
+        return self.rank > 0 or self.refresh is not None
 
     def __repr__(self) -> str:
         return self.name
@@ -45,6 +54,28 @@ normal = Direction("normal", bits.normal_pair)
 
 rademacher = Direction("rademacher", bits.rademacher_pair)
 """z uniform on {-1, +1}^d, the perturbation of SPSA (Spall, 1992)."""
+
+
+def dense(name: str = "normal", refresh: int | None = None) -> Direction:
+    """`normal` or `rademacher`; with a ``refresh``, `zo2jax.Run` moves matrices only every so many steps, by a fold.
+
+    In between they are only read, and may be codes (`zo2jax.int8`): every step adds the terms of all updates since the
+    last fold, each of which takes a pass of the generator. 4 to 16 steps are usual.
+
+    Raises:
+        ValueError: for another name, or a refresh below 1.
+
+    >>> dense("rademacher", refresh=8), dense("normal") == normal
+    (dense('rademacher', refresh=8), True)
+    """
+    known = {direction.name: direction for direction in (normal, rademacher)}
+    if name not in known:
+        raise ValueError(f"direction {name!r}: expected {' or '.join(map(repr, known))}")
+    if refresh is None:
+        return known[name]
+    if refresh < 1:
+        raise ValueError(f"refresh is {refresh}, expected at least 1 step (4 to 16 are usual)")
+    return Direction(f"dense({name!r}, refresh={refresh})", known[name].pair, refresh=refresh)
 
 
 _MAX_RANK = 64
@@ -173,9 +204,19 @@ def step_keys(key: jax.Array, step: jax.Array, count: int, direction: Direction 
     keys = jax.vmap(lambda k: jax.random.fold_in(at_step, k))(jnp.arange(count, dtype=jnp.uint32))
     if not direction.rank:
         return keys
+    return jnp.stack([keys, jnp.broadcast_to(period_key(key, step, direction), keys.shape)], axis=1)
+
+
+@partial(jax.jit, static_argnames="direction")
+def period_key(key: jax.Array, step: jax.Array, direction: Direction) -> jax.Array:
+    """fold_in(fold_in(key, 2^32 - 1), step // refresh): what V, and the rounding of folds, have of one period.
+
+    >>> keys = [period_key(jax.random.key(0), step, dense("normal", refresh=4)) for step in (0, 3, 4)]
+    >>> bool(keys[0] == keys[1]), bool(keys[1] == keys[2])
+    (True, False)
+    """
     period = jnp.asarray(step, jnp.uint32) // np.uint32(direction.refresh or 2**32 - 1)
-    basis = jax.random.fold_in(jax.random.fold_in(key, np.uint32(2**32 - 1)), period)
-    return jnp.stack([keys, jnp.broadcast_to(basis, keys.shape)], axis=1)
+    return jax.random.fold_in(jax.random.fold_in(key, np.uint32(2**32 - 1)), period)
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:

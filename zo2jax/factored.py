@@ -20,12 +20,14 @@ from jax import lax
 from pallas_kernels import bits
 from pallas_kernels.quantized import Codes
 from pallas_kernels.reference import decayed
-from zo2jax.directions import Direction, expand, factors, matrix_shape
+from zo2jax.directions import Direction, expand, factors, leaf_id, matrix_shape
 from zo2jax.formats import coded_shapes
 from zo2jax.models.blocks import Params, set_leaf
 from zo2jax.models.layers import product
 from zo2jax.models.quantized import cut, dense, rows_of, times
 from zo2jax.pages import Layout, Place, codes_in, encoded, flat
+from zo2jax.pending import merged as with_pending
+from zo2jax.pending import saved_pending, shapes_pending
 from zo2jax.updates import Rounding, Update, by_leaf, combined, folded, joined, residual
 
 BESIDE = ".beside"
@@ -57,6 +59,26 @@ class Beside(NamedTuple):
     tied: tuple[jax.Array, ...]
     """P of those that it shares."""
     basis: Basis
+
+    def matrices(
+        self,
+        places: Sequence[Place],
+        pages: Sequence[jax.Array],
+        ids: jax.Array,
+        update: Update | None,
+        probes: tuple[jax.Array | None, jax.Array | None],
+        direction: Direction,
+        tied: int | None = None,
+    ) -> "Factors":
+        """The block's matrices in a visit; with a number ``tied``, that one of those that it shares.
+
+        >>> from zo2jax.directions import lowrank
+        >>> nothing = Beside((), (), Basis(jax.random.key(0), jnp.float32(0)))
+        >>> nothing.matrices([], [], jnp.zeros(0), None, (None, None), lowrank(2)).settle_all()
+        ()
+        """
+        sums = self.own if tied is None else self.tied[tied : tied + 1]
+        return Factors(places, pages, ids, sums, update, probes, self.basis, direction)
 
 
 class Factored:
@@ -219,28 +241,36 @@ def merged(
     return (wide if beside is None else folded(wide, *beside)).astype(dtype)
 
 
-def merge(leaves: Params, beside: Params, shapes: Params, layout: Layout) -> Params:
+def merge(block: str, leaves: Params, beside: Params, shapes: Params, layout: Layout, direction: Direction) -> Params:
     """The leaves of a block as arrays of the dtypes of ``shapes``, of which what is beside them is a part.
 
-    ``leaves`` are what `zo2jax.stream.Stream.stored` gives, and ``beside`` `zo2jax.accumulated.Accumulated.saved`; of
-    codes, the result is what they stand for, and not their masters.
+    ``leaves`` are what `zo2jax.stream.Stream.stored` gives, and ``beside`` its `beside`; of codes, the result is what
+    they stand for, and not their masters.
 
+    >>> from zo2jax.directions import lowrank
     >>> beside = {"p": {"w": jnp.ones((2, 1))}, "v": {"w": jnp.ones((3, 1))}, "gone": jnp.float32(0)}
     >>> shapes = {"w": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
-    >>> merge({"w": jnp.ones((2, 3))}, beside, shapes, Layout.of(shapes))["w"].tolist()[0]
+    >>> merge("", {"w": jnp.ones((2, 3))}, beside, shapes, Layout.of(shapes), lowrank(1))["w"].tolist()[0]
     [2.0, 2.0, 2.0]
     """
     out: Params = {}
     places = dict(layout.matrices)
     named, lows, p, v = (flat(tree) for tree in (leaves, *(beside.get(x, {}) for x in ("low", "p", "v"))))
+    pending = saved_pending(beside) if beside and not direction.rank else None
     for name, shape in flat(shapes).items():
         w = named[name] if name in named else codes_in(named, name)
         place = places.get(name)
         if place is not None and place.scale is not None and not isinstance(w, Codes):
             w = encoded(w, place)
-        if isinstance(w, Codes) or name in p or w.dtype != shape.dtype:
-            there = (p[name], v[name], beside["gone"]) if name in p else None
-            moved = merged(*jax.tree.map(jnp.asarray, (w, there, lows.get(name))), jnp.dtype(shape.dtype))
+        dtype = jnp.dtype(shape.dtype)
+        if isinstance(w, Codes) or (place is not None and beside) or w.dtype != dtype:
+            given, low = jax.tree.map(jnp.asarray, (w, lows.get(name)))
+            if pending is not None and place is not None:
+                wide = given if low is None else joined(given, low)
+                moved = with_pending(wide, pending, jnp.uint32(leaf_id(f"{block}.{name}")), dtype, direction)
+            else:
+                there = (p[name], v[name], beside["gone"]) if name in p else None
+                moved = merged(given, jax.tree.map(jnp.asarray, there), low, dtype)
             w = moved if isinstance(jax.tree.leaves(w)[0], jax.Array) else np.asarray(moved)
         set_leaf(out, name, w)
     return out
@@ -263,19 +293,25 @@ def shapes_stored(shapes: Params, layout: Layout, *, masters: bool) -> Params:
     return out
 
 
-def shapes_beside(layout: Layout, rank: int, rounding: Rounding) -> Params:
-    """What `zo2jax.accumulated.Accumulated.saved` gives of a block with this layout, as ``jax.ShapeDtypeStruct``.
+def shapes_beside(layout: Layout, direction: Direction, rounding: Rounding, *, directions: int = 1) -> Params:
+    """What `zo2jax.stream.Stream.beside` gives of a block with this layout, as ``jax.ShapeDtypeStruct``.
 
+    ``directions`` are those of a step.
+
+    >>> from zo2jax.directions import lowrank
     >>> from zo2jax.updates import nearest
-    >>> shapes_beside(Layout.of({"w": jnp.ones((2, 3)), "b": jnp.ones(2)}), 4, nearest)["v"]["w"].shape
+    >>> shapes_beside(Layout.of({"w": jnp.ones((2, 3)), "b": jnp.ones(2)}), lowrank(4), nearest)["v"]["w"].shape
     (3, 4)
     """
-    places = [(name, matrix_shape(place.shape)) for name, place in layout.matrices]
-    found: Params = {"p": {}, "v": {}, "gone": jax.ShapeDtypeStruct((), jnp.float32)} if places else {}
-    for name, sizes in places:
-        for part, n in zip(("p", "v"), sizes, strict=True):
-            set_leaf(found[part], name, jax.ShapeDtypeStruct((n, rank), jnp.float32))
-    for name, place in layout.masters(rounding == residual).matrices:
+    if not layout.matrices:
+        return {}
+    found: Params = {"p": {}, "v": {}, "gone": jax.ShapeDtypeStruct((), jnp.float32)}
+    if not direction.rank:
+        found = shapes_pending((direction.refresh or 1) * directions)
+    for name, place in layout.matrices if direction.rank else ():
+        for part, n in zip(("p", "v"), matrix_shape(place.shape), strict=True):
+            set_leaf(found[part], name, jax.ShapeDtypeStruct((n, direction.rank), jnp.float32))
+    for name, place in layout.masters(rounding == residual).matrices if direction.refresh is not None else ():
         if dict(layout.matrices)[name].scale is None:
             set_leaf(found.setdefault("low", {}), name, jax.ShapeDtypeStruct(place.shape, jnp.int16))
     return found

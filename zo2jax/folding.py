@@ -11,10 +11,11 @@ import jax
 from jax import lax
 
 from pallas_kernels.quantized import quantize
-from zo2jax.directions import matrix_shape
+from zo2jax.directions import Direction, matrix_shape
 from zo2jax.pages import Layout, Place
+from zo2jax.pending import Terms
 from zo2jax.stores import Edit
-from zo2jax.updates import Rounding, folded, joined, split
+from zo2jax.updates import Rounding, folded, joined, nearest, split
 
 _PIECE = 1 << 24
 """Weights that come to the device at once, in whole rows."""
@@ -36,13 +37,25 @@ class Addend(NamedTuple):
     key: jax.Array
     """uint32 [2], of the noise of stochastic rounding."""
 
+    def folded(self, w: jax.Array, start: jax.Array, direction: Direction, rounding: Rounding = nearest) -> jax.Array:
+        """Rows of the matrix, from ``start`` on, with what was beside them, rounded once to their dtype.
+
+        >>> import jax.numpy as jnp
+        >>> from zo2jax.directions import lowrank
+        >>> addend = Addend(jnp.ones((2, 1)), jnp.ones((3, 1)), jnp.float32(0), jnp.zeros(2, jnp.uint32))
+        >>> addend.folded(jnp.ones((1, 3)), jnp.int32(1), lowrank(1)).tolist()
+        [[2.0, 2.0, 2.0]]
+        """
+        p = lax.dynamic_slice_in_dim(self.p, start, w.shape[0])
+        return folded(w, p, self.v, self.gone, rounding, self.key, start)
+
 
 class _Piece(NamedTuple):
     """Some rows of a matrix, and where its master lies."""
 
     place: Place
     master: Place | None
-    addend: Addend
+    addend: Addend | Terms
     start: int
     rows: int
 
@@ -53,7 +66,13 @@ class _Piece(NamedTuple):
 
 
 def fold(
-    layout: Layout, kept: Layout, pages: Edit, masters: Edit, addends: Sequence[Addend], rounding: Rounding
+    layout: Layout,
+    kept: Layout,
+    pages: Edit,
+    masters: Edit,
+    addends: Sequence[Addend | Terms],
+    direction: Direction,
+    rounding: Rounding,
 ) -> None:
     """Takes addends into the matrices of a block.
 
@@ -65,14 +84,15 @@ def fold(
         pages: of the block.
         masters: its masters' pages.
         addends: one for each matrix.
+        direction: of what they are made of.
         rounding: of 16-bit matrices.
 
     >>> import jax.numpy as jnp
-    >>> from zo2jax.updates import nearest
+    >>> from zo2jax.directions import lowrank
     >>> layout, zero = Layout.of({"w": jnp.zeros((2, 3))}), jnp.zeros(2, jnp.uint32)
     >>> pages = Edit([jnp.zeros(n) for _, n in layout.pages])
     >>> addend = Addend(jnp.array([[1.0], [2.0]]), jnp.ones((3, 1)), jnp.float32(0), zero)
-    >>> fold(layout, layout.masters(False), pages, Edit(), [addend], nearest)
+    >>> fold(layout, layout.masters(False), pages, Edit(), [addend], lowrank(1), nearest)
     >>> pages.read(0, 0, 6).tolist()
     [1.0, 1.0, 1.0, 2.0, 2.0, 2.0]
     """
@@ -91,7 +111,7 @@ def fold(
     for i, piece in enumerate(pieces):
         # Uploads begin before the computation: memory that is allocated after it waits for it.
         here, coming = coming, begin(pieces[i + 1]) if i + 1 < len(pieces) else (None, None)
-        how = {"columns": piece.place.shape[-1], "rounding": rounding}
+        how = {"columns": piece.place.shape[-1], "direction": direction, "rounding": rounding}
         if piece.place.scale is not None:
             how |= {"bits": piece.place.bits, "group": piece.place.group}
         w, scale, master = _folded(*here, piece.addend, piece.start, **how)
@@ -114,23 +134,21 @@ def _rows(rows: int, columns: int) -> Iterator[tuple[int, int]]:
     return ((start, min(count, rows - start)) for start in range(0, rows, count))
 
 
-@partial(jax.jit, static_argnames=("columns", "rounding", "bits", "group"))
+@partial(jax.jit, static_argnames=("columns", "direction", "rounding", "bits", "group"))
 def _folded(
-    w: jax.Array | None, master: jax.Array | None, addend: Addend, start: jax.Array, *,
-    columns: int, rounding: Rounding, bits: int = 8, group: int = 1,
+    w: jax.Array | None, master: jax.Array | None, addend: Addend | Terms, start: jax.Array, *,
+    columns: int, direction: Direction, rounding: Rounding, bits: int = 8, group: int = 1,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:  # fmt: skip
     """(matrix or codes, scales, master) of some rows, as flat arrays like ``w`` and ``master``; see `fold`."""
-    of = w if master is None else master
-    assert of is not None, "codes have a master"
-    p = lax.dynamic_slice_in_dim(addend.p, start, of.size // columns)
-    added = p, addend.v, addend.gone
     scale: jax.Array | None = None
+    take = partial(addend.folded, start=start, direction=direction)
     if master is None:
-        new = folded(of.reshape(-1, columns), *added, rounding, addend.key, start)
+        assert w is not None, "codes have a master"
+        new = take(w.reshape(-1, columns), rounding=rounding)
     elif w is not None:
-        new, master = split(folded(joined(w.reshape(-1, columns), master.reshape(-1, columns)), *added))
+        new, master = split(take(joined(w.reshape(-1, columns), master.reshape(-1, columns))))
     else:
-        master = lax.optimization_barrier(folded(master.reshape(-1, columns), *added))
+        master = lax.optimization_barrier(take(master.reshape(-1, columns)))
         new, scale = quantize(master, bits, group)
     flat = [None if x is None else x.reshape(-1) for x in (new, scale, master)]
     assert flat[0] is not None

@@ -17,9 +17,10 @@ from pallas_kernels.quantized import Codes, decode, quantize
 class Format:
     """Symmetric codes of so many bits: w = code * scale, with a scale for each group of columns of a row.
 
-    Made by `int8` and `int4`. Only low-rank directions train a model in a format: its matrices are only read. Where
-    their directions have a ``refresh``, a float32 master of every matrix is kept beside the codes in the same tier,
-    touched at folds only, and the codes are made anew from it; without one the codes never change.
+    Made by `int8` and `int4`. Directions with which matrices are only read train a model in a format: `zo2jax.lowrank`,
+    and `zo2jax.dense` with a refresh. Where there is a ``refresh``, a float32 master of every matrix is kept beside the
+    codes in the same tier, touched at folds only, and the codes are made anew from it; without one the codes never
+    change.
 
     >>> int4(group=32, keep=("embed.*", "head.*"))
     int4(group=32, keep=('embed.*', 'head.*'))

@@ -54,29 +54,65 @@ class Matrices:
 
     def weight(self, index: int, member: jax.Array | None) -> "Probe":
         """A member's matrix."""
-        assert member is not None, "weights as they are need no probes"
         return Probe(self, index, member)
 
-    def probes(self, index: int) -> Probes:
-        """The probes of a matrix: keys [K, 2], coefficients [M, K]."""
+    def dtype(self, index: int) -> jnp.dtype:
+        """Of a matrix."""
+        return self.pages[self.places[index].page].dtype
+
+    def noise(self, index: int) -> Any:
+        """What members of a matrix are made with: its `Probes`, keys [K, 2] and coefficients [M, K]."""
         return jax.tree.map(lambda x: x[index], self._probes)
 
-    def members(self, index: int, probes: Probes | None = None) -> jax.Array:
-        """All members' matrices, [M, *shape]; ``probes`` are its `probes`."""
-        members = self._moved(index, self.probes(index) if probes is None else probes)
-        assert members is not None
+    def members(self, index: int, noise: Any) -> jax.Array:
+        """All members' matrices, [M, *shape]; ``noise`` is its `noise`."""
+        members = self._moved(index, noise)
+        assert members is not None, "weights as they are need no probes"
         return members
 
-    def product(self, index: int, member: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
+    def product(self, index: int, member: jax.Array | None, x: jax.Array, dtype: Any) -> jax.Array:
         """x W^T by a member's matrix, which is not made before x and the last product are there.
 
         Nor does x become part of the product: where XLA's own kernel for that loses against cuBLAS, what computes x
         would be left as a pass of its own.
         """
-        probes, x, _ = lax.optimization_barrier((self.probes(index), x, self._last))
-        y = member_product(member, x, self.members(index, probes), dtype)
+        noise, x, _ = lax.optimization_barrier((self.noise(index), x, self._last))
+        y = member_product(member, x, self.members(index, noise), dtype)
         self._last = (lax.slice(y, (0,) * y.ndim, (1,) * y.ndim),)  # all of it would have to stay in memory
         return y
+
+    def rows(self, index: int, member: jax.Array | None, ids: jax.Array) -> jax.Array:
+        """Rows ``ids`` [n] of a member's matrix, [n, n_in]: z is drawn for them alone."""
+        place, probes = self.places[index], self.noise(index)
+        matrix = place.of(self.settle_all())  # a move after rows were read would copy the page
+        row = probes.matrix[member]
+
+        def noise(k: Any) -> jax.Array:
+            return row[k] * bits.draw(self.direction.pair, probes.keys[k], ids.astype(jnp.uint32), place.shape[-1])
+
+        directions = probes.keys.shape[0]
+        delta = noise(0) if directions == 1 else sum(map(noise, range(1, directions)), np.float32(0) + noise(0))
+        return (matrix[ids].astype(jnp.float32) + delta).astype(self.dtype(index))
+
+    def slab(self, index: int) -> Callable[[jax.Array, int], jax.Array]:
+        """A function that gives so many rows from one on of all members' matrices, [M, rows, n_in]."""
+        place, probes = self.places[index], self.noise(index)
+        page = self.settle(index)
+        pages = tuple(self.pages)
+        columns = place.shape[-1]
+
+        def cut(start: jax.Array, count: int) -> jax.Array:
+            if place.size == page.size or page.size >= 1 << 31:  # numbers of rows fit in 32 bits
+                w = lax.dynamic_slice_in_dim(place.of(pages), start, count)
+            else:
+                at = place.offset + start * columns
+                w = lax.dynamic_slice(page, (at,), (count * columns,)).reshape(count, columns)
+            shard = Shard((start, 0), place.shape)
+            members = perturb(w, None, probes, pair=self.direction.pair, shard=shard)[1]
+            assert members is not None
+            return members
+
+        return cut
 
     def settle(self, index: int) -> jax.Array:
         """The page of a matrix, which has taken its update."""
@@ -108,13 +144,15 @@ class Matrices:
 
 
 class Probe:
-    """One member's matrix, a `zo2jax.models.layers.Weight`: under ``jax.vmap`` over ``member`` = 0 .. M-1."""
+    """One member's matrix, a `zo2jax.models.layers.Weight`: under ``jax.vmap`` over ``member`` = 0 .. M-1.
 
-    def __init__(self, matrices: Matrices, index: int, member: jax.Array):
+    Or, with None for a member, the one matrix that there is without probes.
+    """
+
+    def __init__(self, matrices: Matrices, index: int, member: jax.Array | None):
         """Makes nothing yet."""
         self._matrices, self._index, self._member = matrices, index, member
-        place = matrices.places[index]
-        self.shape, self.dtype = place.shape, matrices.pages[place.page].dtype
+        self.shape, self.dtype = matrices.places[index].shape, matrices.dtype(index)
 
     def __getitem__(self, key: Any) -> "Probe":
         """Itself: Flax variables are read as ``variable[...]``."""
@@ -126,50 +164,26 @@ class Probe:
 
     def array(self) -> jax.Array:
         """The matrix itself, for modules that know no `Weight`."""
-        return of_member(self._member, self._matrices.members(self._index))
+        members = self._matrices.members(self._index, self._matrices.noise(self._index))
+        return members if self._member is None else of_member(self._member, members)
 
     def rows(self, ids: jax.Array) -> jax.Array:
         """The rows of these indices, [*ids.shape, n_in]: z is drawn for them alone."""
-        place, probes = self._matrices.places[self._index], self._matrices.probes(self._index)
-        matrix = place.of(self._matrices.settle_all())  # a move after rows were read would copy the page
-        row, indices = probes.matrix[self._member], ids.reshape(-1)
-
-        def noise(k: Any) -> jax.Array:
-            pair = self._matrices.direction.pair
-            return row[k] * bits.draw(pair, probes.keys[k], indices.astype(jnp.uint32), place.shape[-1])
-
-        directions = probes.keys.shape[0]
-        delta = noise(0) if directions == 1 else sum(map(noise, range(1, directions)), np.float32(0) + noise(0))
-        return (matrix[indices].astype(jnp.float32) + delta).astype(self.dtype).reshape(*ids.shape, -1)
+        return self._matrices.rows(self._index, self._member, ids.reshape(-1)).reshape(*ids.shape, -1)
 
     def slabs(self) -> Callable[[jax.Array, int], "Slab"]:
         """Rows as matrices of their own."""
-        place, probes = self._matrices.places[self._index], self._matrices.probes(self._index)
-        page, pair = self._matrices.settle(self._index), self._matrices.direction.pair
-        pages = tuple(self._matrices.pages)
-        columns = place.shape[-1]
-
-        def cut(start: jax.Array, count: int) -> Slab:
-            if place.size == page.size or page.size >= 1 << 31:  # numbers of rows fit in 32 bits
-                matrix = place.of(pages)
-                w = lax.dynamic_slice_in_dim(matrix, start, count)
-            else:
-                at = place.offset + start * columns
-                w = lax.dynamic_slice(page, (at,), (count * columns,)).reshape(count, columns)
-            members = perturb(w, None, probes, pair=pair, shard=Shard((start, 0), place.shape))[1]
-            assert members is not None
-            return Slab(self._member, members)
-
-        return cut
+        slab = self._matrices.slab(self._index)
+        return lambda start, count: Slab(self._member, slab(start, count))
 
 
 class Slab:
     """Some rows of one member's matrix."""
 
-    def __init__(self, member: jax.Array, members: jax.Array):
-        """``members`` [M, rows, n_in]."""
+    def __init__(self, member: jax.Array | None, members: jax.Array):
+        """``members`` [M, rows, n_in]; [rows, n_in] without probes."""
         self._member, self._members = member, members
-        self.shape, self.dtype = members.shape[1:], members.dtype
+        self.shape, self.dtype = members.shape[-2:], members.dtype
 
     def product(self, x: jax.Array, dtype: Any) -> jax.Array:
         """X [..., n_in] -> x W^T in ``dtype``."""
@@ -193,14 +207,18 @@ def _(size: int, in_batched: Any, member: jax.Array, members: jax.Array) -> Any:
     return members, True
 
 
-def member_product(member: jax.Array, x: jax.Array, members: jax.Array, dtype: Any) -> jax.Array:
+def member_product(member: jax.Array | None, x: jax.Array, members: jax.Array, dtype: Any) -> jax.Array:
     """x W^T by a member's matrix [n_out, n_in]: one batched product, or on CPUs, where that is slow, one after another.
+
+    Without a member, by the one matrix that ``members`` is.
 
     >>> w = jnp.stack([jnp.eye(2), 2 * jnp.eye(2)])
     >>> f = lambda m, x: member_product(m, x, w, jnp.float32)
     >>> jax.vmap(f)(jnp.arange(2), jnp.ones((2, 1, 2))).tolist()
     [[[1.0, 1.0]], [[2.0, 2.0]]]
     """
+    if member is None:
+        return product(x, members, dtype)
     if jax.default_backend() != "cpu":
         return product(x, of_member(member, members), dtype)
 

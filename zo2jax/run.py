@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zo2jax.checkpoint import Snapshots, write_once
-from zo2jax.directions import step_keys
+from zo2jax.directions import period_key, step_keys
 from zo2jax.estimators import Estimator
 from zo2jax.factored import BESIDE, shapes_beside, shapes_stored
 from zo2jax.metrics import Metrics, memory_peaks
@@ -82,8 +82,9 @@ class Run:
     there is never a second model in memory; `model` gives the trained one at any time. The same calls with the same
     directory resume, to the same weights as if nothing had happened.
 
-    With low-rank directions matrices are only read, and what the updates of a period add up to stays beside them; see
-    `zo2jax.factored`. A model with a format (`zo2jax.Model.with_format`) keeps its matrices as codes then.
+    With low-rank directions, or dense ones that have a refresh, matrices are only read, and the updates of a period
+    stay beside them; see `zo2jax.factored` and `zo2jax.pending`. A model with a format (`zo2jax.Model.with_format`)
+    keeps its matrices as codes then.
 
     Args:
         model: from `zo2jax.load`.
@@ -102,7 +103,7 @@ class Run:
 
     Raises:
         ValueError: if the directory holds a run with another config, naming the keys; for a format or `residual`
-            rounding without low-rank directions.
+            rounding with directions for which matrices are not only read.
         PermissionError: if the directory cannot be written.
 
     >>> import tempfile, zo2jax as zo
@@ -138,10 +139,16 @@ class Run:
         optimizer = as_optimizer(optimizer)
         bare = model.replace({})  # what is kept, without the untrained weights
         shapes = owned_shapes(model.blocks)
-        if model.format is not None and not estimator.direction.rank:
-            raise ValueError(f"the format is {model.format}: expected zo2jax.lowrank, not {estimator.direction}")
-        if rounding == residual and not estimator.direction.rank:
-            raise ValueError(f"rounding is {rounding}: expected it with zo2jax.lowrank, not with {estimator.direction}")
+        for what, given in (("the format", model.format), ("rounding", rounding if rounding == residual else None)):
+            if given is not None and not estimator.direction.read_only:
+                raise ValueError(
+                    f"{what} is {given}, with the direction {estimator.direction}: expected zo2jax.lowrank, or "
+                    "zo2jax.dense with a refresh"
+                )
+        if model.format is not None and model.format.compute == "int8" and not estimator.direction.rank:
+            raise ValueError(
+                f"the format is {model.format}: products by codes are for zo2jax.lowrank, drop its compute"
+            )
         self._generated = loss if isinstance(loss, Generated) else None
         trained = bare if loss is None or isinstance(loss, Generated) else bare.with_loss(loss)
         state = mezo(bare.loss, estimator, optimizer).init(shapes, key)._replace(params={})
@@ -197,7 +204,7 @@ class Run:
             kept = None
             if last is not None and basis is not None:
                 kept = Source({name: partial(self._beside, last, name, layouts[name], rounding) for name in shapes})
-            how = estimator.direction, rounding, plan, pages, basis, kept, model.format
+            how = estimator.direction, rounding, plan, pages, basis, kept, model.format, estimator.directions
             self._stream = Stream(trained.blocks, source, *how)
         except BaseException as error:
             self._snapshots.close()
@@ -346,23 +353,24 @@ class Run:
             self._stream.apply(update)
 
     def _period(self, step: int) -> int:
-        """How many V of a low-rank direction came before that of a step."""
+        """How many periods of a direction with a refresh came before that of a step."""
         return step // refresh if (refresh := self._estimator.direction.refresh) else 0
 
     def _basis(self, period: int) -> jax.Array | None:
-        """The key of V in a period of a low-rank direction."""
+        """The key of a period of a direction with which matrices are only read."""
         direction = self._estimator.direction
         step = jnp.uint32(period * (direction.refresh or 1))
-        return _step_keys(self._state.key, step, 1, direction)[0, 1] if direction.rank else None
+        return period_key(self._state.key, step, direction) if direction.read_only else None
 
     def _beside(self, step: int, name: str, layout: Layout, rounding: Rounding) -> Any:
-        like = shapes_beside(layout, self._estimator.direction.rank, rounding)
+        directions = self._estimator.directions
+        like = shapes_beside(layout, self._estimator.direction, rounding, directions=directions)
         return self._snapshots.block(step, name + BESIDE, like)
 
     def _fold(self) -> None:
-        """Where a period of a low-rank direction begins: takes the updates of the last one into the matrices."""
+        """Where a period begins: takes the updates of the last one into matrices that were only read."""
         period = self._period(self._done)
-        if self._estimator.direction.rank and period != self._folded:
+        if period != self._folded:
             self._catch_up()
             basis = self._basis(period)
             assert basis is not None

@@ -22,15 +22,17 @@ import numpy as np
 from zo2jax import visits
 from zo2jax.accumulated import Accumulated
 from zo2jax.directions import Direction, leaf_ids
-from zo2jax.factored import Beside, merge
+from zo2jax.factored import merge
 from zo2jax.formats import Format
 from zo2jax.link import Copy, StoreError
+from zo2jax.listed import Listed
 from zo2jax.models.blocks import Block, Params, Source, Visit, block_of, owned_shapes, set_leaf
 from zo2jax.models.layers import Batch, Cache
 from zo2jax.pages import flat, layouts_of
 from zo2jax.plan import Plan, following, room
 from zo2jax.stores import FOLDS_OF_FILES, Pages, Store, Tiers, result
 from zo2jax.updates import Rounding, Update
+from zo2jax.visits import ReadOnly
 
 
 class Stream(Mapping[str, Params]):
@@ -43,9 +45,11 @@ class Stream(Mapping[str, Params]):
         rounding: of the updates of 16-bit leaves.
         plan: where the blocks live.
         directory: for page files, if there are any.
-        basis: typed key [], of the first V of a low-rank direction. The pages are only read then, between folds.
-        kept: what `beside` gave of each block, of a stream with the same V; nothing if None.
-        format: of the matrices; as they are if None. Only visits without probes, or low-rank ones, take codes.
+        basis: typed key [], of the first period of a direction with which pages are only read between folds
+            (`zo2jax.directions.period_key`); None for another direction, or if there are no updates to come.
+        kept: what `beside` gave of each block, of a stream with the same basis; nothing if None.
+        format: of the matrices; as they are if None. With a basis, or for visits without probes.
+        directions: of a step.
         fixed: whether the matrices never change, as of a stream that is not trained, or whose V never changes. Then
             blocks of the disk tier are read from the model's own files, where these have them as pages need them.
 
@@ -73,6 +77,7 @@ class Stream(Mapping[str, Params]):
         basis: jax.Array | None = None,
         kept: Mapping[str, Params] | None = None,
         format: Format | None = None,
+        directions: int = 1,
         *,
         fixed: bool = False,
     ):
@@ -93,7 +98,10 @@ class Stream(Mapping[str, Params]):
         self._sizes = [0 if t == "device" else self.layouts[name].nbytes for name, t in self.tiers.items()]
         self._room = room([size for size in self._sizes if size], plan.prefetch)
         self._next = following([size > 0 for size in self._sizes], plan.prefetch)
-        self._sums = None if basis is None else Accumulated(self.layouts, direction, rounding, basis)
+        self._sums: Accumulated | Listed | None = None
+        if basis is not None:
+            how = self.layouts, direction, rounding, basis
+            self._sums = Accumulated(*how) if direction.rank else Listed(*how, directions)
         self._visit = visits.train if self._sums is None else visits.read
         layouts = [*self.layouts.items(), *(() if self._sums is None else self._sums.masters.items())]
         host, disk = ([x.nbytes for name, x in layouts if self.tiers[name] == tier] for tier in ("host", "disk"))
@@ -120,7 +128,8 @@ class Stream(Mapping[str, Params]):
 
     def __getitem__(self, name: str) -> Params:
         """A copy of a block's leaves, with every update: JAX arrays of those on the device, else NumPy arrays."""
-        return merge(self._held(name), self.beside(name), self._shapes[name], self.layouts[name])
+        leaves = self._held(name), self.beside(name), self._shapes[name], self.layouts[name]
+        return merge(name, *leaves, self._how["direction"])
 
     def stored(self, name: str) -> Params:
         """A copy of a block's leaves as they are in their tier, without what is beside them.
@@ -142,7 +151,7 @@ class Stream(Mapping[str, Params]):
         return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, leaves)
 
     def beside(self, name: str) -> Params:
-        """A copy of what is beside a block's matrices, as `zo2jax.accumulated.Accumulated.saved` says, or {}."""
+        """A copy of what is beside a block's matrices, as `Accumulated.saved` or `Listed.saved` says, or {}."""
         self._check_whole()
         return {} if self._sums is None else self._sums.saved(name, self._ids[self._number[name]][0])
 
@@ -218,8 +227,8 @@ class Stream(Mapping[str, Params]):
             self._put(i, pages, None)
 
     def fold(self, basis: jax.Array) -> None:
-        """Takes what is beside the pages into them, and begins with another V (a typed key [])."""
-        assert self._sums is not None, "only low-rank directions have folds"
+        """Takes what is beside the pages into them, and begins another period with this key (typed, [])."""
+        assert self._sums is not None, "only pages that are read alone have folds"
         self._check_whole()
         self.wait()
         self._drop_coming()  # pages that are about to change
@@ -236,7 +245,7 @@ class Stream(Mapping[str, Params]):
         self._torn = False
 
     def _begin_update(self, update: Update) -> None:
-        """Takes in what an update lets go of matrices that are only read."""
+        """Takes in what an update changes of all matrices, if they are only read."""
         if self._sums is not None:
             self._sums.update(update)
 
@@ -244,10 +253,10 @@ class Stream(Mapping[str, Params]):
         """The pages that a training visit changed."""
         if self._sums is None:
             return changed
-        self._sums.sums[self.blocks[i].name] = changed
+        self._sums.take(self.blocks[i].name, changed)
         return None
 
-    def _beside(self, i: int) -> Beside | None:
+    def _beside(self, i: int) -> ReadOnly | None:
         """What a visit is given beside the pages, if those are only read."""
         if self._sums is None:
             return None

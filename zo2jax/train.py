@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from zo2jax.checkpoint import Snapshots
 from zo2jax.config import Config, ConfigError, load_config
+from zo2jax.directions import Direction
 from zo2jax.factored import BESIDE, merge, shapes_beside, shapes_stored
 from zo2jax.metrics import read_metrics, write_atomically
 from zo2jax.models.blocks import Params, Source, forward, owned_shapes
@@ -235,16 +236,21 @@ def trained_model(directory: str | Path, *, best: bool = False) -> tuple[int, Mo
     finally:
         snapshots.close()
     shapes = owned_shapes(model.blocks)
-    direction, layouts = config.make_estimator().direction, layouts_of(model.blocks, model.format)
+    estimator, layouts = config.make_estimator(), layouts_of(model.blocks, model.format)
+    direction, count = estimator.direction, estimator.directions
     readers = {}
     for name, like in shapes.items():
         stored = shapes_stored(like, layouts[name], masters=direction.refresh is not None)
-        beside = shapes_beside(layouts[name], direction.rank, config.make_rounding()) if direction.rank else None
-        readers[name] = partial(_read, folder, step, name, (stored, beside, like, layouts[name]))
+        beside = None
+        if direction.read_only:
+            beside = shapes_beside(layouts[name], direction, config.make_rounding(), directions=count)
+        readers[name] = partial(_read, folder, step, name, (stored, beside, like, layouts[name]), direction)
     return step, model.replace(Source(readers)).with_format(None)  # arrays, whatever the run kept
 
 
-def _read(folder: Path, step: int, name: str, like: tuple[Params, Params | None, Params, Layout]) -> Params:
+def _read(
+    folder: Path, step: int, name: str, like: tuple[Params, Params | None, Params, Layout], direction: Direction
+) -> Params:
     """A block of a checkpoint, with every update; its files are open no longer than that takes."""
     snapshots = Snapshots(folder / "checkpoints")
     try:
@@ -252,7 +258,7 @@ def _read(folder: Path, step: int, name: str, like: tuple[Params, Params | None,
         leaves = snapshots.block(step, name, stored)
         if beside is None:
             return leaves
-        return merge(leaves, snapshots.block(step, name + BESIDE, beside), shapes, layout)
+        return merge(name, leaves, snapshots.block(step, name + BESIDE, beside), shapes, layout, direction)
     finally:
         snapshots.close()
 

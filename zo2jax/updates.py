@@ -71,7 +71,7 @@ stochastic = Rounding("stochastic", bits.round_stochastically)
 
 residual = Rounding("residual", bits.round_to_nearest)
 """Exact: what rounding to nearest leaves of a float32 weight stays beside its bfloat16 as an int16. For the folds of
-low-rank directions in `zo2jax.Run`; it takes as many bytes again, which are touched at folds only."""
+directions with which `zo2jax.Run` only reads; it takes as many bytes again, which are touched at folds only."""
 
 
 def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -184,15 +184,30 @@ def folded(
     rows, columns = matrix_shape(w.shape)
     gone = None if gone is None else lax.optimization_barrier(bits.cut12(gone))
     wide = decayed(w.astype(jnp.float32).reshape(rows, columns), expand(p, v), gone, w.dtype)
-    if w.dtype != jnp.float32:
+    return rounded(wide, w.dtype, rounding, key, first).reshape(w.shape)
 
-        def noise() -> jax.Array:
-            assert key is not None, "stochastic rounding has a key"
-            of_rows = jnp.asarray(first, jnp.uint32) + jnp.arange(rows, dtype=jnp.uint32)
-            return bits.draw(bits.rounding_pair, bits.fold(key, jnp.uint32(1)), of_rows, columns)
 
-        wide = rounding.apply(wide, w.dtype, noise)
-    return wide.reshape(w.shape)
+def rounded(
+    wide: jax.Array,
+    dtype: Any,
+    rounding: Rounding = nearest,
+    key: jax.Array | None = None,
+    first: jax.Array | int = 0,
+) -> jax.Array:
+    """A float32 matrix after a fold, in ``dtype``; ``key`` and ``first`` as in `folded`.
+
+    >>> rounded(jnp.full((1, 1), 1.003), jnp.bfloat16).tolist()
+    [[1.0]]
+    """
+    if dtype == jnp.float32:
+        return wide
+
+    def noise() -> jax.Array:
+        assert key is not None, "stochastic rounding has a key"
+        of_rows = jnp.asarray(first, jnp.uint32) + jnp.arange(wide.shape[0], dtype=jnp.uint32)
+        return bits.draw(bits.rounding_pair, bits.fold(key, jnp.uint32(1)), of_rows, wide.shape[1])
+
+    return rounding.apply(wide, dtype, noise)
 
 
 def _together(leaves: list[Any]) -> list[list[int]]:
@@ -290,19 +305,24 @@ def by_leaf(
     if update is not None:
         coefs, decay = bits.cut12(update.coefs)[None], bits.cut12(update.decay)[None]
         terms = Terms(
-            _leaf_keys(update.keys, leaf_ids)[:, None],
+            leaf_keys(jax.random.key_data(update.keys), leaf_ids)[:, None],
             jnp.broadcast_to(coefs, (count, *coefs.shape)),
             jnp.broadcast_to(decay, (count, *decay.shape)),
         )
     if keys is not None and matrix is not None:
         matrix = bits.cut12(matrix)
-        probes = Probes(_leaf_keys(keys, leaf_ids), jnp.broadcast_to(matrix, (count, *matrix.shape)))
+        probes = Probes(
+            leaf_keys(jax.random.key_data(keys), leaf_ids), jnp.broadcast_to(matrix, (count, *matrix.shape))
+        )
     return terms, probes
 
 
-def _leaf_keys(keys: jax.Array, leaf_ids: jax.Array) -> jax.Array:
-    """The threefry keys of each leaf's noise: uint32 [leaves, K, 2], of low-rank directions [leaves, K, 2, 2]."""
-    data = jax.random.key_data(keys)
+def leaf_keys(data: jax.Array, leaf_ids: jax.Array) -> jax.Array:
+    """The threefry keys of each leaf's noise, of those of directions: uint32 [.., 2] -> [leaves, .., 2].
+
+    >>> leaf_keys(jnp.zeros((4, 2), jnp.uint32), jnp.arange(3, dtype=jnp.uint32)).shape
+    (3, 4, 2)
+    """
     folded = jax.vmap(jax.vmap(bits.fold, in_axes=(0, None)), in_axes=(None, 0))(data.reshape(-1, 2), leaf_ids)
     return folded.reshape(len(leaf_ids), *data.shape)
 

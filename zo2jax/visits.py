@@ -14,8 +14,12 @@ from zo2jax.models.blocks import Block, Kind, Params, block_of, kinds, set_leaf
 from zo2jax.models.layers import Batch, Cache
 from zo2jax.models.quantized import Quantized
 from zo2jax.pages import Layout, Place
+from zo2jax.pending import Pending
 from zo2jax.probes import Matrices
 from zo2jax.updates import Rounding, Update, move
+
+ReadOnly = Beside | Pending
+"""What a visit is given beside pages that are only read, of low-rank or of dense directions."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +54,7 @@ _STATIC = ("stage", "direction", "rounding")
 
 def _matrices(
     stage: Stage,
-    held: tuple[Any, Any, Any, Beside | None],
+    held: tuple[Any, Any, Any, ReadOnly | None],
     ids: tuple[Any, Any, Any],
     update: Update | None,
     probes: Any,
@@ -68,11 +72,11 @@ def _matrices(
             for i, ((_, place), lent_pages) in enumerate(zip(stage.tied, tied, strict=True))
         ]
     else:
-        rest = beside.basis, how["direction"]
-        own = Factors(places, pages, ids[0], beside.own, update, probes, *rest)
+        direction = how["direction"]
+        own = beside.matrices(places, pages, ids[0], update, probes, direction)
         lent = [
-            Factors([place], lent_pages, ids[2][i : i + 1], [p], None, probes, *rest)
-            for i, ((_, place), lent_pages, p) in enumerate(zip(stage.tied, tied, beside.tied, strict=True))
+            beside.matrices([place], lent_pages, ids[2][i : i + 1], None, probes, direction, tied=i)
+            for i, ((_, place), lent_pages) in enumerate(zip(stage.tied, tied, strict=True))
         ]
     seen = [(name, own, i) for i, (name, _) in enumerate(stage.layout.matrices)]
     return own, seen + [(name, m, 0) for (name, _), m in zip(stage.tied, lent, strict=True)]
@@ -80,7 +84,7 @@ def _matrices(
 
 def _members(
     stage: Stage,
-    held: tuple[Any, Any, Any, Beside | None],
+    held: tuple[Any, Any, Any, ReadOnly | None],
     ids: tuple[Any, Any, Any],
     update: Update | None,
     probes: tuple[jax.Array, jax.Array],
@@ -113,7 +117,7 @@ def _members(
 
 
 def _train(
-    stage: Stage, pages: Any, rest: Any, tied: Any, beside: Beside | None, ids: Any, update: Update, probes: Any,
+    stage: Stage, pages: Any, rest: Any, tied: Any, beside: ReadOnly | None, ids: Any, update: Update, probes: Any,
     carry: Any, batch: Batch, direction: Direction, rounding: Rounding,
 ) -> Any:  # fmt: skip
     """One block of a training sweep: ((pages or sums, rest) after the update, the members' carries [M, ...])."""
@@ -142,17 +146,17 @@ def apply(
 
 @partial(jax.jit, static_argnames=_STATIC, donate_argnames="rest")
 def add(
-    stage: Stage, rest: Any, beside: Beside, ids: Any, update: Update, direction: Direction, rounding: Rounding
+    stage: Stage, rest: Any, beside: ReadOnly, ids: Any, update: Update, direction: Direction, rounding: Rounding
 ) -> Any:
-    """What changes of a block whose pages are only read: (P of its matrices, rest) after an update."""
+    """What changes of a block whose pages are only read: (what is kept of its matrices, rest) after an update."""
     places = [place for _, place in stage.layout.matrices]
     rest, _ = move(rest, ids[1], update, direction=direction, rounding=rounding)
-    return Factors(places, (), ids[0], beside.own, update, (None, None), beside.basis, direction).sums, rest
+    return beside.matrices(places, (), ids[0], update, (None, None), direction).settle_all(), rest
 
 
 @partial(jax.jit, static_argnames=_STATIC, donate_argnames="cache")
 def plain(
-    stage: Stage, pages: Any, rest: Any, tied: Any, beside: Beside | None, ids: Any, carry: Any, batch: Batch,
+    stage: Stage, pages: Any, rest: Any, tied: Any, beside: ReadOnly | None, ids: Any, carry: Any, batch: Batch,
     cache: Cache | None, direction: Direction, rounding: Rounding,
 ) -> Any:  # fmt: skip
     """One block without probes: (carry, cache)."""
@@ -167,7 +171,7 @@ def plain(
 
 @partial(jax.jit, static_argnames=_STATIC, donate_argnames="cache")
 def extend(
-    stage: Stage, pages: Any, rest: Any, tied: Any, beside: Beside | None, ids: Any, probes: Any, rows: Any,
+    stage: Stage, pages: Any, rest: Any, tied: Any, beside: ReadOnly | None, ids: Any, probes: Any, rows: Any,
     cache: Cache | None, direction: Direction, rounding: Rounding,
 ) -> Any:  # fmt: skip
     """One block of a generating sweep: rows come member by member, [M b, ...], and go so."""

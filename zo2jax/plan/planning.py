@@ -48,7 +48,7 @@ class Budget:
     window: int
     """The most bytes of streamed blocks on the device at once."""
     probes: int
-    """Of all members' copies of the largest matrix, or of a slab of a vocabulary; one copy if it is only read."""
+    """Of all members' copies of the largest matrix, or of a slab of a vocabulary; one copy if they share it."""
     activations: int
     """Of all members, the carries that are waiting included."""
     libraries: int
@@ -62,7 +62,7 @@ class Budget:
     operations: float = 0.0
     """Floating-point operations of a step's products."""
     read_only: bool = False
-    """Whether pages are only read, as with low-rank directions; what a fold moves is left out then."""
+    """Whether pages are only read (`zo2jax.Direction.read_only`); what a fold moves is left out then."""
 
     @property
     def peak(self) -> int:
@@ -285,6 +285,8 @@ class _Work:
     """Blocks whose leaves another one shares."""
     needs: list[Needs]
     members: int
+    copies: int
+    """Of a matrix: one for each member, or one that they share, with low-rank directions."""
     prefetch: int
     read_only: bool
 
@@ -308,7 +310,8 @@ class _Work:
             one, carry = known[came]
             needs.append(one)
         sizes = {name: layout.nbytes for name, layout in layouts.items()}
-        return cls(sizes, vectors, owners, needs, len(estimator.probes), prefetch, rank > 0)
+        members, read_only = len(estimator.probes), estimator.direction.read_only
+        return cls(sizes, vectors, owners, needs, members, 1 if rank else members, prefetch, read_only)
 
     def budget(self, stays: Sequence[bool], limit: int | None) -> Budget:
         """What a step takes if these blocks stay on the device, with those that own shared leaves or have no pages."""
@@ -319,7 +322,7 @@ class _Work:
         return Budget(
             resident=sum(self.sizes.values()) - sum(streamed) + self.vectors,
             window=room(streamed, self.prefetch),
-            probes=(1 if self.read_only else self.members) * max(n.weight for n in self.needs),
+            probes=self.copies * max(n.weight for n in self.needs),
             activations=self.members * (max(n.activations for n in self.needs) + ahead),
             libraries=_LIBRARIES if jax.default_backend() == "gpu" else 0,
             limit=limit,
