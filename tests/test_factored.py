@@ -12,6 +12,7 @@ from test_stream import FAMILIES, PLANS, batches
 
 import zo2jax as zo
 from pallas_kernels.bits import cut12
+from zo2jax import pages
 from zo2jax.directions import draw, leaf_id, lowrank
 from zo2jax.factored import Factored
 from zo2jax.models.blocks import set_leaf
@@ -255,15 +256,19 @@ def test_codes_are_the_matrices_that_they_stand_for(name, refresh, plan, tmp_pat
 
 
 @pytest.mark.parametrize("refresh", [5, None])
-def test_a_run_of_codes_goes_on_with_the_same_bits(refresh, tmp_path):
+def test_a_run_of_codes_goes_on_with_the_same_bits(refresh, tmp_path, monkeypatch):
+    """Also where matrices have pages of their own for a while."""
     model = FAMILIES["llama"](True).init(jax.random.key(1), "bfloat16").with_format(zo.int8(keep=("head.*", "*.k.*")))
     expected = trained(model, tmp_path / "whole", steps=8, refresh=refresh)
+    monkeypatch.setattr(pages, "APART", 1000)
     half = zo.averaged(zo.two_point(1e-3, direction=lowrank(2, refresh=refresh)), 1)
     optimizer = zo.sgd(optax.linear_schedule(1e-2, 1e-3, 8), WEIGHT_DECAY)
     with zo.Run(model, half, optimizer, directory=tmp_path / "parts", key=jax.random.key(5), plan=PLANS["host"]) as run:
         for t, batch in enumerate(itertools.islice(batches(8), 6)):
             run.step(batch | ({"weights": np.zeros_like(batch["weights"])} if t == 3 else {}))
         run.save()
+        assert len(run.model.source.layouts["layers.0.mlp"].pages) > 3
+    monkeypatch.undo()
     same(expected[0], trained(model, tmp_path / "parts", steps=8, refresh=refresh)[0])
 
 

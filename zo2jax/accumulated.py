@@ -1,6 +1,7 @@
 """What low-rank updates add up to between two folds, beside the matrices of all blocks of a stream."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -67,11 +68,11 @@ class Accumulated(Masters):
 
     def addends(self, name: str, ids: jax.Array) -> list[Addend]:
         """What a fold takes into each matrix of a block."""
-        basis, found = self._basis, []
-        for (_, place), p, ident in zip(self._layouts[name].matrices, self.sums[name], ids, strict=True):
-            v = basis_of(basis, ident, place.shape, self._direction)
-            found.append(Addend(p, v, basis.gone, bits.fold(jax.random.key_data(basis.key), ident)))
-        return found
+        shapes = tuple(place.shape for _, place in self._layouts[name].matrices)
+        return [
+            Addend(p, *rest)
+            for p, rest in zip(self.sums[name], _rest_of(self._basis, ids, shapes, self._direction), strict=True)
+        ]
 
     def saved(self, name: str, ids: jax.Array) -> Params:
         """A copy of what is beside a block's matrices: {"p": .., "v": .., "gone": float32 []}, and "low"; or {}.
@@ -86,3 +87,15 @@ class Accumulated(Masters):
             set_leaf(found["p"], leaf, jnp.array(p))
             set_leaf(found["v"], leaf, basis_of(self._basis, ident, place.shape, self._direction))
         return found | super().saved(name, ids)
+
+
+@partial(jax.jit, static_argnames=("shapes", "direction"))
+def _rest_of(
+    basis: Basis, ids: jax.Array, shapes: tuple[tuple[int, ...], ...], direction: Direction
+) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+    """(V, gone, key of the rounding) of matrices of these shapes, by one program: there are many of them in a fold."""
+    seed = jax.random.key_data(basis.key)
+    return [
+        (basis_of(basis, ids[i], shape, direction), basis.gone, bits.fold(seed, ids[i]))
+        for i, shape in enumerate(shapes)
+    ]

@@ -1,13 +1,14 @@
 """Pages: the matrices of a block, packed so that one large transfer moves them all.
 
-A page is one flat array of one dtype. Each matrix begins at a multiple of `pallas_kernels.perturb.ALIGNMENT` elements,
+A page is one flat array of one dtype; large matrices that are only read have one each, since a product takes a whole
+page without a copy. Each matrix begins at a multiple of `pallas_kernels.perturb.ALIGNMENT` elements,
 where kernels change it in place. Vectors (norms, biases: under 1 % of the bytes) are not packed.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -84,9 +85,12 @@ class Layout:
     """Dotted names of the leaves that are not packed."""
 
     @classmethod
-    def of(cls, shapes: Params, format: Format | None = None, block: str = "") -> "Layout":
-        """The layout of leaves of these shapes (nested dictionaries), in pytree order; ``block`` is whose they are."""
-        pages = _Pages()
+    def of(cls, shapes: Params, format: Format | None = None, block: str = "", *, apart: bool = False) -> "Layout":
+        """The layout of leaves of these shapes (nested dictionaries), in pytree order; ``block`` is whose they are.
+
+        With ``apart`` each matrix of `APART` weights or more has a page of its own.
+        """
+        pages = _Pages(apart)
         matrices, rest = [], []
         for name, leaf in flat(shapes).items():
             if not (is_trained(leaf) and len(leaf.shape) >= 2):
@@ -101,7 +105,7 @@ class Layout:
             codes = "int8" if format.bits == 8 else "uint8"
             how = {"packed": 8 // format.bits, "scale": scale, "dtype": dtype, "compute": format.compute}
             matrices.append((name, pages.place(shape, codes, **how)))
-        return cls(tuple(matrices), tuple(pages.lengths.items()), tuple(rest))
+        return cls(tuple(matrices), tuple(pages.pages), tuple(rest))
 
     def masters(self, residuals: bool) -> "Layout":
         """That of what is kept beside matrices for folds: float32 of codes; with ``residuals``, int16 of bfloat16.
@@ -116,22 +120,23 @@ class Layout:
                 matrices.append((name, pages.place(place.shape, "float32")))
             elif residuals and self.pages[place.page][0] == "bfloat16":
                 matrices.append((name, pages.place(place.shape, "int16")))
-        return Layout(tuple(matrices), tuple(pages.lengths.items()), ())
+        return Layout(tuple(matrices), tuple(pages.pages), ())
 
     @property
     def nbytes(self) -> int:
         """Bytes of all pages."""
-        return sum(length * jnp.dtype(dtype).itemsize for dtype, length in self.pages)
+        return self._begins[-1]
 
     @property
-    def _ends(self) -> list[int]:
-        """Where pages begin and end in uint8 [nbytes]."""
-        return list(accumulate((n * jnp.dtype(d).itemsize for d, n in self.pages), initial=0))
+    def _begins(self) -> list[int]:
+        """Where pages begin in uint8 [nbytes], at multiples of `ALIGNMENT`; and nbytes."""
+        sizes = (n * jnp.dtype(d).itemsize for d, n in self.pages)
+        return list(accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0))
 
     def views(self, memory: np.ndarray) -> list[np.ndarray]:
         """The pages as views of uint8 [nbytes]."""
-        ends = pairwise(self._ends)
-        return [memory[a:b].view(jnp.dtype(d)) for (d, _), (a, b) in zip(self.pages, ends, strict=True)]
+        dtypes = [(jnp.dtype(d), n) for d, n in self.pages]
+        return [memory[a : a + n * d.itemsize].view(d) for a, (d, n) in zip(self._begins, dtypes, strict=False)]
 
     def pieces(self, extents: Mapping[str, Extent]) -> list[tuple[int, Extent]] | None:
         """What to read from files so that the pages, as uint8 [nbytes], hold the matrices: (the first byte, an extent).
@@ -146,7 +151,7 @@ class Layout:
         >>> [start for start, _ in layout.pieces(extents)], layout.pieces({"w": extents["w"]})
         ([0, 8192], None)
         """
-        begin, found = self._ends, []
+        begin, found = self._begins, []
         for name, whole in self.matrices:
             parts = (
                 [(name, whole)] if whole.scale is None else [(f"{name}.codes", whole), (f"{name}.scale", whole.scale)]
@@ -184,16 +189,28 @@ class Layout:
         return leaves
 
 
+APART = 1 << 20
+"""Weights from which on a matrix that is only read has a page of its own."""
+
+
 class _Pages:
-    """Lays matrices out, one after the other, in a page for each dtype."""
+    """Lays matrices out, one after the other, in a page for each dtype; with ``apart``, large ones in their own."""
 
-    def __init__(self) -> None:
-        self.lengths: dict[str, int] = {}
+    def __init__(self, apart: bool = False) -> None:
+        self._apart = apart
+        self.pages: list[tuple[str, int]] = []
+        """dtype and length."""
+        self._shared: dict[str, int] = {}  # by dtype, the page's number
 
-    def place(self, shape: tuple[int, ...], page: str, **of_codes: Any) -> Place:
-        offset = self.lengths.setdefault(page, 0)
-        place = Place(list(self.lengths).index(page), offset, shape, **of_codes)
-        self.lengths[page] = offset + -(-place.size // ALIGNMENT) * ALIGNMENT
+    def place(self, shape: tuple[int, ...], dtype: str, **of_codes: Any) -> Place:
+        alone = self._apart and math.prod(shape) >= APART
+        number = len(self.pages) if alone else self._shared.setdefault(dtype, len(self.pages))
+        if number == len(self.pages):
+            self.pages.append((dtype, 0))
+        offset = self.pages[number][1]
+        place = Place(number, offset, shape, **of_codes)
+        end = offset + place.size
+        self.pages[number] = dtype, end if alone else -(-end // ALIGNMENT) * ALIGNMENT
         return place
 
 
@@ -222,14 +239,14 @@ def _copy(leaf: Any, place: Place, pages: list[np.ndarray]) -> None:
     there[:] = np.asarray(leaf).reshape(-1).astype(there.dtype, copy=False)
 
 
-def layouts_of(blocks: Sequence[Block], format: Format | None = None) -> dict[str, Layout]:
-    """The layout of each block's own leaves.
+def layouts_of(blocks: Sequence[Block], format: Format | None = None, *, apart: bool = False) -> dict[str, Layout]:
+    """The layout of each block's own leaves, as `Layout.of` gives it.
 
     >>> from flax import nnx
     >>> layouts_of([Block.define("norm", lambda rngs: nnx.LayerNorm(4, rngs=rngs))])["norm"].rest
     ('bias', 'scale')
     """
-    return {name: Layout.of(leaves, format, name) for name, leaves in owned_shapes(blocks).items()}
+    return {name: Layout.of(leaves, format, name, apart=apart) for name, leaves in owned_shapes(blocks).items()}
 
 
 def flat(leaves: Params) -> dict[str, Any]:

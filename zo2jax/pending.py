@@ -75,8 +75,7 @@ class Pending(NamedTuple):
         >>> len(Pending.none(8, jax.random.key(0)).terms(jnp.arange(3, dtype=jnp.uint32)))
         3
         """
-        pending, seed = self.of_leaves(ids), jax.random.key_data(self.key)
-        return [Terms(jax.tree.map(lambda x, i=i: x[i], pending), bits.fold(seed, ids[i])) for i in range(len(ids))]
+        return _terms(self, ids)
 
     def matrices(
         self,
@@ -118,6 +117,13 @@ class Terms(NamedTuple):
         rows = jnp.asarray(start, jnp.uint32) + jnp.arange(w.shape[0], dtype=jnp.uint32)
         wide = perturb_codes(w, self.pending, None, jnp.float32, pair=direction.pair, rows=rows)
         return rounded(wide, w.dtype, rounding, self.key, start)
+
+
+@jax.jit
+def _terms(pending: Pending, ids: jax.Array) -> list[Terms]:
+    """By one program: a fold asks for those of many leaves."""
+    of_leaves, seed = pending.of_leaves(ids), jax.random.key_data(pending.key)
+    return [Terms(jax.tree.map(lambda x, i=i: x[i], of_leaves), bits.fold(seed, ids[i])) for i in range(len(ids))]
 
 
 @jax.jit

@@ -11,6 +11,7 @@ by matrix, and takes all members of the population one block further.
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ class Stream(Mapping[str, Params]):
         self.leaf_ids = leaf_ids(shapes)
         named = jax.tree.unflatten(jax.tree.structure(shapes), list(self.leaf_ids))
         self._names = {f"{block}.{name}": i for block, leaves in named.items() for name, i in flat(leaves).items()}
-        self.layouts = layouts_of(self.blocks, format)
+        self.layouts = layouts_of(self.blocks, format, apart=basis is not None)
         self._shapes = shapes
         owners = {block_of(owner, shapes) for block in self.blocks for owner in block.aliases.values()}
         stay = {name for name, layout in self.layouts.items() if not layout.nbytes} | owners
@@ -314,8 +315,10 @@ class Stream(Mapping[str, Params]):
             self._kept.close()
 
     def _drop_coming(self) -> None:
-        """Forgets what was uploaded ahead, once it is there."""
-        jax.block_until_ready([result(pages) for pages in self._coming.values()])
+        """Forgets what was uploaded ahead, once it is there; or is not, which is an error for who asks for it."""
+        for pages in self._coming.values():
+            with suppress(StoreError):
+                jax.block_until_ready(result(pages))
         self._coming.clear()
 
     def _leaf_ids(self, block: Block) -> Any:

@@ -56,8 +56,9 @@ def times_int8(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
 @times_int8.def_vmap
 def _(size: int, in_batched: Any, x: jax.Array, codes: jax.Array, scale: jax.Array) -> Any:
     assert in_batched[0] and not (in_batched[1] or in_batched[2]), "members share the codes"
-    y = times_int8(jnp.concatenate([x[:1], x[1:] - x[:1]]), codes, scale)
-    return jnp.concatenate([y[:1], y[:1] + y[1:]]), True
+    later = (lax.iota(jnp.int32, size) > 0).reshape(-1, *[1] * (x.ndim - 1))  # elementwise, not joined: XLA fuses it
+    y = times_int8(jnp.where(later, x - x[:1], x), codes, scale)
+    return jnp.where(later, y[:1] + y, y), True
 
 
 def rows_of(matrix: jax.Array | Codes, ids: jax.Array) -> jax.Array:
