@@ -237,7 +237,7 @@ def perturb_codes(
     >>> codes, rows = Codes(jnp.ones((1, 4), jnp.int8), jnp.full((1, 1), 2.0)), jnp.zeros(1, jnp.uint32)
     >>> pending = Pending(jnp.zeros((1, 2), jnp.uint32), jnp.ones(1), jnp.int32(1), jnp.float32(0.5))
     >>> perturb_codes(codes, pending, None, rows, jnp.float32, pair=bits.rademacher_pair).tolist()
-    [[2.0, 2.0, 0.0, 0.0]]
+    [[2.0, 2.0, 0.0, 2.0]]
     """
     if isinstance(matrix, Codes):
         (n_out, n_in), group = matrix.shape, matrix.group

@@ -27,7 +27,7 @@ class Accumulated(Masters):
 
     >>> from zo2jax.directions import lowrank
     >>> from zo2jax.updates import nearest
-    >>> layouts = {"head": Layout.of({"w": np.ones((3, 4), np.float32)})}
+    >>> layouts = {"head": Layout.of({"w": jnp.ones((3, 4))})}
     >>> beside = Accumulated(layouts, lowrank(2), nearest, jax.random.key(0)).beside("head", ())
     >>> beside.own[0].shape, beside.tied
     ((3, 2), ())

@@ -25,7 +25,7 @@ class Listed(Masters):
 
     >>> from zo2jax.directions import dense
     >>> from zo2jax.updates import nearest
-    >>> layouts = {"head": Layout.of({"w": np.ones((3, 4), np.float32)})}
+    >>> layouts = {"head": Layout.of({"w": jnp.ones((3, 4))})}
     >>> Listed(layouts, dense("normal", refresh=4), nearest, jax.random.key(0), 2).beside("head", ()).coefs.shape
     (8,)
     """

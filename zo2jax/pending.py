@@ -89,7 +89,8 @@ class Pending(NamedTuple):
     ) -> "PendingMatrices":
         """The matrices of a visit; ``update`` is among the terms already.
 
-        >>> Pending.none(8, jax.random.key(0)).matrices([], [], jnp.zeros(0), None, (None, None), None).settle_all()
+        >>> ids, nothing = jnp.zeros(0, jnp.uint32), (None, None)
+        >>> Pending.none(8, jax.random.key(0)).matrices([], [], ids, None, nothing, None).settle_all()
         ()
         """
         return PendingMatrices(places, pages, ids, self, probes, direction)
