@@ -202,15 +202,15 @@ class _Pages:
         """dtype and length."""
         self._shared: dict[str, int] = {}  # by dtype, the page's number
 
-    def place(self, shape: tuple[int, ...], dtype: str, **of_codes: Any) -> Place:
+    def place(self, shape: tuple[int, ...], of: str, **of_codes: Any) -> Place:
         alone = self._apart and math.prod(shape) >= APART
-        number = len(self.pages) if alone else self._shared.setdefault(dtype, len(self.pages))
+        number = len(self.pages) if alone else self._shared.setdefault(of, len(self.pages))
         if number == len(self.pages):
-            self.pages.append((dtype, 0))
+            self.pages.append((of, 0))
         offset = self.pages[number][1]
         place = Place(number, offset, shape, **of_codes)
         end = offset + place.size
-        self.pages[number] = dtype, end if alone else -(-end // ALIGNMENT) * ALIGNMENT
+        self.pages[number] = of, end if alone else -(-end // ALIGNMENT) * ALIGNMENT
         return place
 
 
