@@ -51,6 +51,8 @@ def test_overrides_are_typed():
         ("tier=tape", "tier=tape: expected one of 'device', 'host', 'disk'"),
         ("device_memory=much", "device_memory=much: size 'much': expected .* such as 4GiB"),
         ("prefetch=-1", "prefetch=-1: expected an integer of at least 0"),
+        ("momentum=1", r"momentum=1\.0: expected a number of at least 0 and below 1"),
+        ("momentum=0.9", r"momentum=0\.9, direction=normal: expected direction=lowrank with it"),
     ],
 )
 def test_bad_overrides(override, message):
@@ -136,6 +138,9 @@ def test_objects():
     assert config.may_grow() == () and with_overrides(Config, []).may_grow() == ("steps",)
     cosine = with_overrides(Config, ["schedule=cosine", "steps=10"]).make_optimizer()
     assert float(cosine.update(g, cosine.init(3))[0][0]) == pytest.approx(-5e-6)
+    moving = with_overrides(Config, ["direction=lowrank", "momentum=0.5"])
+    assert moving.make_optimizer().momentum == moving.as_json()["momentum"] == 0.5
+    assert "momentum" not in config.as_json()  # runs from before there was one go on
 
 
 def test_what_lies_in_the_current_folder_does_not_matter(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What low-rank updates add up to between two folds, beside the matrices of all blocks of a stream."""
+"""What low-rank updates add up to between two folds, and their momentum, beside the matrices of a stream's blocks."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.quantized import decode
-from zo2jax.directions import Direction, matrix_shape
-from zo2jax.factored import Basis, Beside, after, basis_of
+from zo2jax.directions import Direction, leaf_id, matrix_shape
+from zo2jax.factored import Basis, Beside, Sum, after, basis_of, projected
 from zo2jax.models.blocks import Params, set_leaf
 from zo2jax.pages import Layout, Place, codes_in, flat
 from zo2jax.stores import Pages, Store, result
@@ -17,23 +17,31 @@ from zo2jax.updates import Rounding, Update, residual
 
 
 class Accumulated:
-    """P of every matrix, on the device; and in the tier of each block what only folds touch: masters and residuals.
+    """The `Sum` of every matrix, on the device; in the tier of each block what only folds touch: masters, residuals.
 
     Args:
         layouts: by block.
         direction: one with a rank.
         rounding: of folds.
         basis: typed key [], of V.
+        momentum: whether updates have it.
 
     >>> from zo2jax.directions import lowrank
     >>> from zo2jax.updates import nearest
     >>> layouts = {"head": Layout.of({"w": np.ones((3, 4), np.float32)})}
     >>> beside = Accumulated(layouts, lowrank(2), nearest, jax.random.key(0)).beside("head", ())
-    >>> beside.own[0].shape, beside.tied
+    >>> beside.own[0].p.shape, beside.tied
     ((3, 2), ())
     """
 
-    def __init__(self, layouts: Mapping[str, Layout], direction: Direction, rounding: Rounding, basis: jax.Array):
+    def __init__(
+        self,
+        layouts: Mapping[str, Layout],
+        direction: Direction,
+        rounding: Rounding,
+        basis: jax.Array,
+        momentum: bool = False,
+    ):
         """Begins with nothing."""
         self._layouts, self._direction = layouts, direction
         folds = direction.refresh is not None
@@ -41,16 +49,27 @@ class Accumulated:
         """How that lies which only folds touch, by block."""
         self._stores: dict[str, Store] = {}
         self._places = {name: {p: i for i, (_, p) in enumerate(x.matrices)} for name, x in layouts.items()}
-        self.restart(basis)
+        self._basis = Basis(basis, jnp.float32(0))
+        self.sums = {name: tuple(self._zero(p, momentum) for _, p in x.matrices) for name, x in layouts.items()}
+        """By block, those of its matrices."""
+
+    def _zero(self, place: Place, momentum: bool) -> Sum:
+        shape = matrix_shape(place.shape)[0], self._direction.rank
+        return Sum(jnp.zeros(shape), jnp.zeros(shape) if momentum else None)
 
     def restart(self, basis: jax.Array) -> None:
-        """Begins anew, with another V."""
-        self._basis = Basis(basis, jnp.float32(0))
-        self.sums = {name: tuple(self._zeros(p) for _, p in x.matrices) for name, x in self._layouts.items()}
-        """By block, P of its matrices."""
+        """Begins anew after a fold, with another V, which momentum is taken along to."""
+        old, self._basis = self._basis, Basis(basis, jnp.float32(0))
+        for name, layout in self._layouts.items():
+            kept = []
+            for (leaf, place), (p, n) in zip(layout.matrices, self.sums[name], strict=True):
+                if n is not None:
+                    n = projected(n, *(self._v(x, name, leaf, place) for x in (old, self._basis)))
+                kept.append(Sum(jnp.zeros_like(p), n))
+            self.sums[name] = tuple(kept)
 
-    def _zeros(self, place: Place) -> jax.Array:
-        return jnp.zeros((matrix_shape(place.shape)[0], self._direction.rank))
+    def _v(self, basis: Basis, name: str, leaf: str, place: Place) -> jax.Array:
+        return basis_of(basis, jnp.uint32(leaf_id(f"{name}.{leaf}")), place.shape, self._direction)
 
     def begin(
         self, name: str, leaves: Mapping[str, Any], kept: Params, keep: Callable[[str, Layout, Params], Store]
@@ -58,7 +77,9 @@ class Accumulated:
         """Goes on with what `saved` gave of a block, if there is any; its leaves become masters, by dotted name."""
         layout, masters = self._layouts[name], self.masters[name]
         if kept:
-            self.sums[name] = tuple(jnp.asarray(flat(kept["p"])[leaf]) for leaf, _ in layout.matrices)
+            p, n = flat(kept["p"]), flat(kept.get("n", {}))
+            sums = [Sum(p[leaf], n.get(leaf)) for leaf, _ in layout.matrices]
+            self.sums[name] = tuple(jax.tree.map(jnp.asarray, sums))
             self._basis = self._basis._replace(gone=jnp.asarray(kept["gone"]))
         if not masters.matrices:
             return
@@ -96,18 +117,19 @@ class Accumulated:
             return {}
         return {leaf: x.copy() for leaf, x in flat(self.masters[name].unpack(self._stores[name].read(), {})).items()}
 
-    def saved(self, name: str, ids: jax.Array) -> Params:
-        """A copy of what is beside a block's matrices: {"p": .., "v": .., "gone": float32 []}, and "low"; or {}.
+    def saved(self, name: str) -> Params:
+        """A copy of what is beside a block's matrices, or {} without any.
 
-        ``ids`` uint32 [matrices] are the leaf ids.
+        {"p": .., "v": .., "gone": float32 []}; with momentum "n", and with `residual` rounding "low".
         """
         matrices = self._layouts[name].matrices
         if not matrices:
             return {}
-        found: Params = {"p": {}, "v": {}, "gone": jnp.array(self._basis.gone)}
-        for (leaf, place), p, ident in zip(matrices, self.sums[name], ids, strict=True):
-            set_leaf(found["p"], leaf, jnp.array(p))
-            set_leaf(found["v"], leaf, basis_of(self._basis, ident, place.shape, self._direction))
+        found: Params = {"gone": jnp.array(self._basis.gone)}
+        for (leaf, place), (p, n) in zip(matrices, self.sums[name], strict=True):
+            parts = {"p": jnp.array(p), "v": self._v(self._basis, name, leaf, place)}
+            for part, x in (parts if n is None else parts | {"n": jnp.array(n)}).items():
+                set_leaf(found.setdefault(part, {}), leaf, x)
         for leaf, low in self.of_masters(name).items():
             if low.dtype == jnp.int16:
                 set_leaf(found.setdefault("low", {}), leaf, low)

@@ -80,6 +80,8 @@ class Config:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Of the learning rate over ``steps``, down to zero."""
     weight_decay: float = 0.0
+    momentum: float = 0.0
+    """Of low-rank updates (LOZO-M); 0 for none."""
     clip: float = 0.0
     """Bound on |projected gradient|; 0 for none."""
     eps: float = 1e-3
@@ -129,6 +131,12 @@ class Config:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected an integer of at least 1")
         if self.format and self.direction != "lowrank":
             raise ConfigError(f"format={self.format}, direction={self.direction}: expected direction=lowrank with it")
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"momentum={self.momentum}: expected a number of at least 0 and below 1, such as 0.9")
+        if self.momentum and self.direction != "lowrank":
+            raise ConfigError(
+                f"momentum={self.momentum}, direction={self.direction}: expected direction=lowrank with it"
+            )
         if self.direction == "lowrank":
             try:
                 lowrank(self.rank, refresh=self.refresh or None)
@@ -160,13 +168,14 @@ class Config:
         return one if self.directions == 1 else averaged(one, self.directions)
 
     def make_optimizer(self) -> Optimizer:
-        """SGD with the config's schedule, decay and clip."""
+        """SGD with the config's schedule, decay, momentum and clip."""
         rates = {
             "constant": self.learning_rate,
             "linear": optax.linear_schedule(self.learning_rate, 0.0, self.steps),
             "cosine": optax.cosine_decay_schedule(self.learning_rate, self.steps),
         }
-        return sgd(rates[self.schedule], self.weight_decay, transform=optax.clip(self.clip) if self.clip else None)
+        transform = optax.clip(self.clip) if self.clip else None
+        return sgd(rates[self.schedule], self.weight_decay, momentum=self.momentum, transform=transform)
 
     def make_plan(self, model: Model, batch: Any) -> Plan:
         """Where the blocks of a model live while batches of these shapes are trained on.
@@ -196,6 +205,7 @@ class Config:
         values = asdict(self)
         neutral: tuple[str, ...] = ("directory", "tensorboard", "eval_examples", "demonstrations", "scoring")
         neutral += () if self.format else ("format", "group")
+        neutral += () if self.momentum else ("momentum",)
         neutral += () if self.direction == "lowrank" else ("rank", "refresh")
         for name in (*neutral, "tier", "device_memory", "prefetch"):
             del values[name]

@@ -47,6 +47,7 @@ class Stream(Mapping[str, Params]):
         basis: typed key [], of the first V of a low-rank direction. The pages are only read then, between folds.
         kept: what `beside` gave of each block, of a stream with the same V; nothing if None.
         format: of the matrices; as they are if None. Only visits without probes, or low-rank ones, take codes.
+        momentum: whether updates of a low-rank direction have momentum.
 
     Raises:
         StoreError: if there is too little host memory, or no room on the disk.
@@ -72,6 +73,7 @@ class Stream(Mapping[str, Params]):
         basis: jax.Array | None = None,
         kept: Mapping[str, Params] | None = None,
         format: Format | None = None,
+        momentum: bool = False,
     ):
         """Reads the source into the stores."""
         self.blocks, self.plan = tuple(blocks), plan
@@ -90,7 +92,7 @@ class Stream(Mapping[str, Params]):
         self._sizes = [0 if t == "device" else self.layouts[name].nbytes for name, t in self.tiers.items()]
         self._room = room([size for size in self._sizes if size], plan.prefetch)
         self._next = _following([size > 0 for size in self._sizes], plan.prefetch)
-        self._sums = None if basis is None else Accumulated(self.layouts, direction, rounding, basis)
+        self._sums = None if basis is None else Accumulated(self.layouts, direction, rounding, basis, momentum)
         self._visit = visits.train if self._sums is None else visits.read
         layouts = [*self.layouts.items(), *(() if self._sums is None else self._sums.masters.items())]
         host, disk = ([x.nbytes for name, x in layouts if self.tiers[name] == tier] for tier in ("host", "disk"))
@@ -138,7 +140,7 @@ class Stream(Mapping[str, Params]):
     def beside(self, name: str) -> Params:
         """A copy of what is beside a block's matrices, as `zo2jax.accumulated.Accumulated.saved` says, or {}."""
         self._check_whole()
-        return {} if self._sums is None else self._sums.saved(name, self._ids[self._number[name]][0])
+        return {} if self._sums is None else self._sums.saved(name)
 
     def __iter__(self) -> Any:
         """The names of the blocks, in order."""

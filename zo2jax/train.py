@@ -236,7 +236,8 @@ def trained_model(directory: str | Path, *, best: bool = False) -> tuple[int, Mo
     readers = {}
     for name, like in shapes.items():
         stored = shapes_stored(like, layouts[name], masters=direction.refresh is not None)
-        beside = shapes_beside(layouts[name], direction.rank, config.make_rounding()) if direction.rank else None
+        how = direction, config.make_rounding()
+        beside = shapes_beside(layouts[name], *how, momentum=config.momentum > 0) if direction.rank else None
         readers[name] = partial(_read, folder, step, name, (stored, beside, like, layouts[name]))
     return step, model.replace(Source(readers)).with_format(None)  # arrays, whatever the run kept
 

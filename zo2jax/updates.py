@@ -42,6 +42,9 @@ class Update(NamedTuple):
     """float32 [K]."""
     decay: jax.Array
     """float32 [], the fraction of a weight that goes."""
+    fresh: jax.Array | None = None
+    """float32 [], of an optimizer with momentum beta: 1 - beta, the part of the momentum that is this update's. 0: no
+    update, which moves nothing, the momentum included."""
 
 
 @dataclass(frozen=True)
@@ -319,12 +322,19 @@ def apply_update(
     those of `zo2jax.directions.leaf_ids`. Integer leaves and keys are returned as they are, and leaves in host memory
     to host memory.
 
+    Raises:
+        ValueError: for an update of an optimizer with momentum, which is not in it.
+
     >>> from zo2jax.directions import leaf_ids
     >>> params = {"w": jnp.ones((2, 2))}
     >>> update = Update(jax.random.split(jax.random.key(0), 1), jnp.zeros(1), jnp.float32(0.25))
     >>> apply_update(params, update, leaf_ids(params))["w"].tolist()
     [[0.75, 0.75], [0.75, 0.75]]
     """
+    if update.fresh is not None:
+        raise ValueError(
+            "the update lacks its momentum, which zo2jax.Run keeps: expected an optimizer without momentum"
+        )
     return move(params, leaf_ids, update, direction=direction, rounding=rounding)[0]
 
 

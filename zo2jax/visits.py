@@ -92,7 +92,7 @@ def _members(
 ) -> tuple[Any, tuple[Any, Any]]:
     """``run(block, leaves, carried)`` for every member; what is carried comes and goes as [M, ...].
 
-    With it come the pages, or P of the matrices if those are only read, and the other leaves, after the update.
+    With it come the pages, or the `Sum` of each matrix if those are only read, and the other leaves, after the update.
     """
     rest, small = move(held[1], ids[1], update, *probes, **how)
     own, matrices = _matrices(stage, held, ids, update, probes, how)
@@ -146,7 +146,7 @@ def apply(
 def add(
     stage: Stage, rest: Any, beside: Beside, ids: Any, update: Update, direction: Direction, rounding: Rounding
 ) -> Any:
-    """What changes of a block whose pages are only read: (P of its matrices, rest) after an update."""
+    """What changes of a block whose pages are only read: (the `Sum` of each matrix, rest) after an update."""
     places = [place for _, place in stage.layout.matrices]
     rest, _ = move(rest, ids[1], update, direction=direction, rounding=rounding)
     return Factors(places, (), ids[0], beside.own, update, (None, None), beside.basis, direction).sums, rest
@@ -160,7 +160,7 @@ def fold(
     """(pages, masters) with what was beside them; ``kept`` says how the masters lie (`zo2jax.pages.Layout.masters`)."""
     pages, masters, master_of = list(pages), list(masters), dict(kept.matrices)
     for i, (name, place) in enumerate(stage.layout.matrices):
-        w, p, gone = place.of(pages), beside.own[i], beside.basis.gone
+        w, p, gone = place.of(pages), beside.own[i].p, beside.basis.gone
         v = basis_of(beside.basis, ids[0][i], place.shape, direction)
         if (master := master_of.get(name)) is None:
             w = folded(w, p, v, gone, rounding, bits.fold(jax.random.key_data(beside.basis.key), ids[0][i]))
