@@ -11,6 +11,7 @@ True
 __version__ = "0.1.0"
 
 from zo2jax.directions import Direction as Direction
+from zo2jax.directions import lora as lora
 from zo2jax.directions import lowrank as lowrank
 from zo2jax.directions import normal as normal
 from zo2jax.directions import rademacher as rademacher

@@ -1,6 +1,7 @@
 """What low-rank updates add up to between two folds, and their momentum, beside the matrices of a stream's blocks."""
 
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
@@ -26,6 +27,9 @@ class Accumulated:
         basis: typed key [], of V.
         momentum: whether updates have it.
 
+    Raises:
+        ValueError: for a pattern of `zo2jax.lora` that names no matrix.
+
     >>> from zo2jax.directions import lowrank
     >>> from zo2jax.updates import nearest
     >>> layouts = {"head": Layout.of({"w": np.ones((3, 4), np.float32)})}
@@ -50,22 +54,33 @@ class Accumulated:
         self._stores: dict[str, Store] = {}
         self._places = {name: {p: i for i, (_, p) in enumerate(x.matrices)} for name, x in layouts.items()}
         self._basis = Basis(basis, jnp.float32(0))
-        self.sums = {name: tuple(self._zero(p, momentum) for _, p in x.matrices) for name, x in layouts.items()}
+        names = [f"{name}.{leaf}" for name, layout in layouts.items() for leaf, _ in layout.matrices]
+        if unknown := [target for target in direction.targets if not any(fnmatchcase(x, target) for x in names)]:
+            raise ValueError(f"targets {unknown} name no matrix, of which there are {', '.join(names[:9])}, ..")
+        self.sums = {
+            name: tuple(self._start(name, *matrix, momentum) for matrix in x.matrices) for name, x in layouts.items()
+        }
         """By block, those of its matrices."""
 
-    def _zero(self, place: Place, momentum: bool) -> Sum:
-        shape = matrix_shape(place.shape)[0], self._direction.rank
-        return Sum(jnp.zeros(shape), jnp.zeros(shape) if momentum else None)
+    def _start(self, name: str, leaf: str, place: Place, momentum: bool) -> Sum | None:
+        if not self._direction.adapts(f"{name}.{leaf}"):
+            return None
+        p = jnp.zeros((matrix_shape(place.shape)[0], self._direction.rank))
+        if self._direction.adapter is not None:
+            p = jnp.concatenate([p, self._v(self._basis, name, leaf, place)])
+        return Sum(p, jnp.zeros_like(p) if momentum else None)
 
     def restart(self, basis: jax.Array) -> None:
         """Begins anew after a fold, with another V, which momentum is taken along to."""
         old, self._basis = self._basis, Basis(basis, jnp.float32(0))
         for name, layout in self._layouts.items():
-            kept = []
-            for (leaf, place), (p, n) in zip(layout.matrices, self.sums[name], strict=True):
+            kept: list[Sum | None] = []
+            for (leaf, place), own in zip(layout.matrices, self.sums[name], strict=True):
+                assert own is not None, "there are no folds with adapters"
+                n = own.n
                 if n is not None:
                     n = projected(n, *(self._v(x, name, leaf, place) for x in (old, self._basis)))
-                kept.append(Sum(jnp.zeros_like(p), n))
+                kept.append(Sum(jnp.zeros_like(own.p), n))
             self.sums[name] = tuple(kept)
 
     def _v(self, basis: Basis, name: str, leaf: str, place: Place) -> jax.Array:
@@ -77,8 +92,10 @@ class Accumulated:
         """Goes on with what `saved` gave of a block, if there is any; its leaves become masters, by dotted name."""
         layout, masters = self._layouts[name], self.masters[name]
         if kept:
-            p, n = flat(kept["p"]), flat(kept.get("n", {}))
-            sums = [Sum(p[leaf], n.get(leaf)) for leaf, _ in layout.matrices]
+            p, v, n = (flat(kept.get(part, {})) for part in "pvn")
+            if self._direction.adapter is not None:
+                p = {leaf: np.concatenate([p[leaf], v[leaf]]) for leaf in p}
+            sums = [Sum(p[leaf], n.get(leaf)) if leaf in p else None for leaf, _ in layout.matrices]
             self.sums[name] = tuple(jax.tree.map(jnp.asarray, sums))
             self._basis = self._basis._replace(gone=jnp.asarray(kept["gone"]))
         if not masters.matrices:
@@ -99,8 +116,9 @@ class Accumulated:
         return Beside(self.sums[name], shared, self._basis)
 
     def update(self, update: Update) -> None:
-        """Takes in what an update lets go of all matrices; P itself changes in visits."""
-        self._basis = after(self._basis, update)
+        """Takes in what an update lets go of all matrices; P itself changes in visits, and so do adapters."""
+        if self._direction.adapter is None:
+            self._basis = after(self._basis, update)
 
     def upload(self, name: str) -> Pages:
         """The masters of a block, on the device."""
@@ -126,9 +144,14 @@ class Accumulated:
         if not matrices:
             return {}
         found: Params = {"gone": jnp.array(self._basis.gone)}
-        for (leaf, place), (p, n) in zip(matrices, self.sums[name], strict=True):
-            parts = {"p": jnp.array(p), "v": self._v(self._basis, name, leaf, place)}
-            for part, x in (parts if n is None else parts | {"n": jnp.array(n)}).items():
+        for (leaf, place), own in zip(matrices, self.sums[name], strict=True):
+            if own is None:
+                continue
+            rows = matrix_shape(place.shape)[0]
+            trained = self._direction.adapter is not None
+            v = own.p[rows:] if trained else self._v(self._basis, name, leaf, place)
+            parts = {"p": jnp.array(own.p[:rows]), "v": jnp.array(v)}
+            for part, x in (parts if own.n is None else parts | {"n": jnp.array(own.n)}).items():
                 set_leaf(found.setdefault(part, {}), leaf, x)
         for leaf, low in self.of_masters(name).items():
             if low.dtype == jnp.int16:

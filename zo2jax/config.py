@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import optax
 import tyro
 
-from zo2jax.directions import Direction, lowrank, normal, rademacher
+from zo2jax.directions import Direction, lora, lowrank, normal, rademacher
 from zo2jax.estimators import Estimator, averaged, two_point
 from zo2jax.formats import Format, named
 from zo2jax.models.model import Model
@@ -23,6 +23,7 @@ from zo2jax.plan import Plan, parse_size, plan
 from zo2jax.updates import Rounding, nearest, residual, stochastic
 
 _DIRECTIONS: dict[str, Direction] = {"normal": normal, "rademacher": rademacher}
+_LOW_RANK = ("lowrank", "lora")
 _ROUNDINGS: dict[str, Rounding] = {"nearest": nearest, "stochastic": stochastic, "residual": residual}
 
 
@@ -86,12 +87,17 @@ class Config:
     """Bound on |projected gradient|; 0 for none."""
     eps: float = 1e-3
     """Perturbation scale."""
-    direction: Literal["normal", "rademacher", "lowrank"] = "normal"
-    """Of the perturbations; with "lowrank" matrices are only read but for a fold every ``refresh`` steps."""
+    direction: Literal["normal", "rademacher", "lowrank", "lora"] = "normal"
+    """Of the perturbations; with "lowrank" matrices are only read but for a fold every ``refresh`` steps, with "lora"
+    adapters are trained beside them."""
     rank: int = 2
-    """Of low-rank directions."""
+    """Of low-rank directions, or of adapters (8 is usual)."""
     refresh: int = 50
     """Steps for which low-rank directions keep one factor; 0: for all."""
+    alpha: float = 0.0
+    """Adapters are multiplied by alpha / rank; 0: the rank."""
+    targets: str = ""
+    """Patterns of the matrices that have an adapter, separated by commas, such as ``*.attn.[qv].*``; empty for all."""
     directions: int = 1
     """Directions a step, averaged; each costs two forward passes."""
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""
@@ -129,19 +135,15 @@ class Config:
         for name in (*counts, "train_examples", "dev_examples", "eval_examples"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected an integer of at least 1")
-        if self.format and self.direction != "lowrank":
-            raise ConfigError(f"format={self.format}, direction={self.direction}: expected direction=lowrank with it")
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"momentum={self.momentum}: expected a number of at least 0 and below 1, such as 0.9")
-        if self.momentum and self.direction != "lowrank":
-            raise ConfigError(
-                f"momentum={self.momentum}, direction={self.direction}: expected direction=lowrank with it"
-            )
-        if self.direction == "lowrank":
-            try:
-                lowrank(self.rank, refresh=self.refresh or None)
-            except ValueError as error:
-                raise ConfigError(str(error)) from None
+        for name in ("format", "momentum"):
+            if (value := getattr(self, name)) and self.direction not in _LOW_RANK:
+                raise ConfigError(f"{name}={value}, direction={self.direction}: expected direction=lowrank with it")
+        try:
+            self.make_direction()
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         for name in ("demonstrations", "prefetch", "group", "refresh"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected an integer of at least 0")
@@ -150,7 +152,7 @@ class Config:
                 parse_size(self.device_memory)
             except ValueError as error:
                 raise ConfigError(f"device_memory={self.device_memory}: {error}") from None
-        for name in ("learning_rate", "weight_decay", "clip"):
+        for name in ("learning_rate", "weight_decay", "clip", "alpha"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}={getattr(self, name)}: expected a finite number of at least 0")
         if not 0 < self.eps < float("inf"):
@@ -161,10 +163,20 @@ class Config:
             if not 0 <= getattr(self, name) < 2**32:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected an integer from 0 to 2**32 - 1")
 
+    def make_direction(self) -> Direction:
+        """The distribution of perturbations that the config describes.
+
+        Raises:
+            ValueError: for a rank, refresh or alpha out of range.
+        """
+        if self.direction == "lora":
+            targets = [target.strip() for target in self.targets.split(",") if target.strip()]
+            return lora(self.rank, self.alpha or None, targets=targets)
+        return _DIRECTIONS.get(self.direction) or lowrank(self.rank, refresh=self.refresh or None)
+
     def make_estimator(self) -> Estimator:
         """The estimator that the config describes."""
-        direction = _DIRECTIONS.get(self.direction) or lowrank(self.rank, refresh=self.refresh or None)
-        one = two_point(self.eps, direction=direction)
+        one = two_point(self.eps, direction=self.make_direction())
         return one if self.directions == 1 else averaged(one, self.directions)
 
     def make_optimizer(self) -> Optimizer:
@@ -206,7 +218,9 @@ class Config:
         neutral: tuple[str, ...] = ("directory", "tensorboard", "eval_examples", "demonstrations", "scoring")
         neutral += () if self.format else ("format", "group")
         neutral += () if self.momentum else ("momentum",)
-        neutral += () if self.direction == "lowrank" else ("rank", "refresh")
+        neutral += () if self.direction in _LOW_RANK else ("rank",)
+        neutral += () if self.direction == "lowrank" else ("refresh",)
+        neutral += () if self.direction == "lora" else ("alpha", "targets")
         for name in (*neutral, "tier", "device_memory", "prefetch"):
             del values[name]
         values |= {name: _absolute(values[name]) for name in ("model", "task", "validation")}

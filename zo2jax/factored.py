@@ -10,6 +10,8 @@ A fold, W <- s W + P V^T, makes room for another V. (LOZO, arXiv 2410.07698, sec
 With momentum beta (LOZO-M, algorithm 2) a step is N <- beta N + (1 - beta) sum_k coefs_k U_k and P <- P - decay P + N,
 which is momentum of the matrix itself as long as V stays. A fold takes N to the nearest one with the new V' that random
 directions know of: N <- N (V^T V') / n_in, for N V^T ~ N (V^T V') V'^T / n_in.
+
+With `zo2jax.lora` s is 1, and V is trained too: P and V are B, times its scale, and A^T of an adapter.
 """
 
 from collections.abc import Callable, Sequence
@@ -57,7 +59,7 @@ class Sum(NamedTuple):
     """
 
     p: jax.Array
-    """P, float32 [n_out, rank]."""
+    """P, float32 [n_out, rank]; of an adapter P, and below it V: [n_out + n_in, rank]."""
     n: jax.Array | None = None
     """N, of the same shape; None for an optimizer without momentum."""
 
@@ -87,9 +89,9 @@ class Beside(NamedTuple):
     ()
     """
 
-    own: tuple[Sum, ...]
-    """Of the block's matrices."""
-    tied: tuple[Sum, ...]
+    own: tuple[Sum | None, ...]
+    """Of the block's matrices; None for one without an adapter."""
+    tied: tuple[Sum | None, ...]
     """Of those that it shares."""
     basis: Basis
 
@@ -101,8 +103,8 @@ class Factored:
         matrix: W [n_out, n_in], or its codes.
         dtype: of W where it is an array.
         scale: s, float32 [].
-        f: float32 [n_out, rank]: P, and the member's probe.
-        v: float32 [n_in, rank], of 8 significant bits.
+        f: float32 [n_out, rank]: P, and the member's probe; rank 0 for none.
+        v: float32 [n_in, rank], of 8 significant bits; of an adapter the member's own.
 
     >>> w = Factored(jnp.eye(2), jnp.float32, jnp.float32(1), jnp.array([[0.5], [0.0]]), jnp.ones((2, 1)))
     >>> w.product(jnp.ones((1, 2)), jnp.float32).tolist()
@@ -130,7 +132,8 @@ class Factored:
     def array(self) -> jax.Array:
         """The matrix itself, for modules that know no `Weight`."""
         wide = self._scale * dense(self._matrix, jnp.float32).reshape(matrix_shape(self.shape))
-        return (wide + expand(self._f, self._v)).astype(self.dtype).reshape(self.shape)
+        wide = wide + expand(self._f, self._v) if self._v.shape[1] else wide
+        return wide.astype(self.dtype).reshape(self.shape)
 
     def rows(self, ids: jax.Array) -> jax.Array:
         """The rows of these indices, float32 [*ids.shape, n_in]."""
@@ -156,7 +159,7 @@ class Factors:
         places: of the matrices.
         pages: [length] arrays.
         ids: uint32 [matrices], the leaf ids.
-        sums: of each matrix, before the update.
+        sums: of each matrix, before the update; None for one that stays as it is.
         update: or None.
         probes: (keys, matrix) as in `zo2jax.updates.move`.
         basis: with what is gone after the update.
@@ -168,7 +171,7 @@ class Factors:
         places: Sequence[Place],
         pages: Sequence[jax.Array],
         ids: jax.Array,
-        sums: Sequence[Sum],
+        sums: Sequence[Sum | None],
         update: Update | None,
         probes: tuple[jax.Array | None, jax.Array | None],
         basis: Basis,
@@ -181,7 +184,7 @@ class Factors:
         self.sums = tuple(sums)
         if update is not None and terms is not None:
             self.sums = tuple(
-                one.moved(update, terms.keys[i, 0], direction, matrix_shape(place.shape))
+                None if one is None else one.moved(update, terms.keys[i, 0], direction, matrix_shape(place.shape))
                 for i, (place, one) in enumerate(zip(places, sums, strict=True))
             )
         self._basis, self._ids = basis, ids
@@ -189,16 +192,21 @@ class Factors:
     def weight(self, index: int, member: jax.Array | None) -> Factored:
         """A member's matrix; the one without a probe if ``member`` is None."""
         place = self._places[index]
-        matrix = place.of(self._pages)
-        f = self.sums[index].p
+        matrix, own = place.of(self._pages), self.sums[index]
+        dtype, (rows, columns) = place.dtype or matrix.dtype, matrix_shape(place.shape)
+        if own is None:
+            return Factored(matrix, dtype, self._scale, jnp.zeros((rows, 0)), jnp.zeros((columns, 0)))
+        f = own.p
         if member is not None:
             assert self._probes is not None
             keys, coefs = self._probes.keys[index], self._probes.matrix[index][member]
-            f = f + combined(keys, coefs, matrix_shape(place.shape), self._direction)
+            f = f + combined(keys, coefs, (rows, columns), self._direction)
+        if self._direction.adapter is not None:
+            return Factored(matrix, dtype, self._scale, f[:rows], f[rows:])
         v = basis_of(self._basis, self._ids[index], place.shape, self._direction)
-        return Factored(matrix, place.dtype or matrix.dtype, self._scale, f, v)
+        return Factored(matrix, dtype, self._scale, f, v)
 
-    def settle_all(self) -> tuple[Sum, ...]:
+    def settle_all(self) -> tuple[Sum | None, ...]:
         """What is kept of each matrix, with the update."""
         return self.sums
 
@@ -217,7 +225,7 @@ def after(basis: Basis, update: Update) -> Basis:
 
 @partial(jax.jit, static_argnames=("shape", "direction"))
 def basis_of(basis: Basis, ident: jax.Array, shape: tuple[int, ...], direction: Direction) -> jax.Array:
-    """V of a leaf of this shape: float32 [n_in, rank].
+    """V of a leaf of this shape, or what that of an adapter begins with: float32 [n_in, rank].
 
     >>> from zo2jax.directions import lowrank
     >>> basis_of(Basis(jax.random.key(0), jnp.float32(0)), jnp.uint32(1), (4, 3), lowrank(2)).shape
@@ -312,8 +320,12 @@ def shapes_stored(shapes: Params, layout: Layout, *, masters: bool) -> Params:
     return out
 
 
-def shapes_beside(layout: Layout, direction: Direction, rounding: Rounding, *, momentum: bool = False) -> Params:
+def shapes_beside(
+    layout: Layout, direction: Direction, rounding: Rounding, *, momentum: bool = False, block: str = ""
+) -> Params:
     """What `zo2jax.accumulated.Accumulated.saved` gives of a block with this layout, as ``jax.ShapeDtypeStruct``.
+
+    ``block`` is its name, for the patterns of `zo2jax.lora`.
 
     >>> from zo2jax.directions import lowrank
     >>> from zo2jax.updates import nearest
@@ -322,8 +334,11 @@ def shapes_beside(layout: Layout, direction: Direction, rounding: Rounding, *, m
     """
     found: Params = {"gone": jax.ShapeDtypeStruct((), jnp.float32)} if layout.matrices else {}
     for name, place in layout.matrices:
+        if not direction.adapts(f"{block}.{name}"):
+            continue
         rows, columns = matrix_shape(place.shape)
-        for part, n in {"p": rows, "v": columns, **({"n": rows} if momentum else {})}.items():
+        moving = rows if direction.adapter is None else rows + columns
+        for part, n in {"p": rows, "v": columns, **({"n": moving} if momentum else {})}.items():
             like = jax.ShapeDtypeStruct((n, direction.rank), jnp.float32)
             set_leaf(found.setdefault(part, {}), name, like)
     for name, place in layout.masters(rounding == residual).matrices if direction.refresh is not None else ():

@@ -131,8 +131,9 @@ def mezo(loss_fn: LossFn, estimator: Estimator, optimizer: Any, *, rounding: Rou
         rounding: how updates of 16-bit leaves are rounded, `stochastic` or `nearest`.
 
     Raises:
-        ValueError: at construction for an optimizer that does not commute with z, or has momentum, and for `residual`
-            rounding; by ``init`` for a key that is not threefry and for two leaves that would share noise.
+        ValueError: at construction for an optimizer that does not commute with z, or has momentum, for `residual`
+            rounding, and for `zo2jax.lora`; by ``init`` for a key that is not threefry and for two leaves that would
+            share noise.
         TypeError: by ``init`` for leaves of another dtype than float32, bfloat16, float16; by ``step`` for a
             loss that is not a float32 scalar.
 
@@ -149,6 +150,8 @@ def mezo(loss_fn: LossFn, estimator: Estimator, optimizer: Any, *, rounding: Rou
         raise ValueError(f"the optimizer is {transform.name}: momentum is for zo2jax.Run with zo2jax.lowrank")
     if rounding == residual:
         raise ValueError(f"rounding is {rounding}, which zo2jax.Run keeps: expected stochastic or nearest")
+    if estimator.direction.adapter is not None:
+        raise ValueError(f"the direction is {estimator.direction}: adapters are for zo2jax.Run, which keeps them")
     indices, values = estimator.sparse_probes()
 
     def init(params: PyTree, key: jax.Array) -> State:

@@ -356,7 +356,8 @@ class Run:
         return _step_keys(self._state.key, step, 1, direction)[0, 1] if direction.rank else None
 
     def _beside(self, step: int, name: str, layout: Layout, rounding: Rounding) -> Any:
-        like = shapes_beside(layout, self._estimator.direction, rounding, momentum=self._optimizer.momentum > 0)
+        momentum = self._optimizer.momentum > 0
+        like = shapes_beside(layout, self._estimator.direction, rounding, momentum=momentum, block=name)
         return self._snapshots.block(step, name + BESIDE, like)
 
     def _fold(self) -> None:

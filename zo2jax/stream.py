@@ -182,7 +182,7 @@ class Stream(Mapping[str, Params]):
         known: dict[Any, Any] = {}
         carry = None
         for i, stage in enumerate(self._stages):
-            if (came := (stage, _shapes(carry))) not in known:
+            if (came := (stage, _shapes((carry, self._beside(i))))) not in known:
                 pages = tuple(jax.ShapeDtypeStruct((n,), dtype) for dtype, n in stage.layout.pages)
                 rest = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._rest[i])
                 with warnings.catch_warnings():  # that a head's result cannot lie where its carry was

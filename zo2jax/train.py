@@ -237,7 +237,8 @@ def trained_model(directory: str | Path, *, best: bool = False) -> tuple[int, Mo
     for name, like in shapes.items():
         stored = shapes_stored(like, layouts[name], masters=direction.refresh is not None)
         how = direction, config.make_rounding()
-        beside = shapes_beside(layouts[name], *how, momentum=config.momentum > 0) if direction.rank else None
+        more: Any = {"momentum": config.momentum > 0, "block": name}
+        beside = shapes_beside(layouts[name], *how, **more) if direction.rank else None
         readers[name] = partial(_read, folder, step, name, (stored, beside, like, layouts[name]))
     return step, model.replace(Source(readers)).with_format(None)  # arrays, whatever the run kept
 

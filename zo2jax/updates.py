@@ -250,6 +250,8 @@ def move(
     leaves, treedef = jax.tree.flatten(params)
     if not leaves:
         return params, None if matrix is None else params
+    if direction.adapter is not None:  # nothing moves but adapters, which are elsewhere
+        return params, None if matrix is None else jax.tree.map(lambda w: _repeated(w, len(matrix)), params)
     terms, probes = by_leaf(leaf_ids, update, keys, matrix)
     moved = list(leaves)
     members = [w if probes is None or is_trained(w) else _repeated(w, probes.matrix.shape[1]) for w in leaves]

@@ -160,7 +160,9 @@ def fold(
     """(pages, masters) with what was beside them; ``kept`` says how the masters lie (`zo2jax.pages.Layout.masters`)."""
     pages, masters, master_of = list(pages), list(masters), dict(kept.matrices)
     for i, (name, place) in enumerate(stage.layout.matrices):
-        w, p, gone = place.of(pages), beside.own[i].p, beside.basis.gone
+        own = beside.own[i]
+        assert own is not None, "there are no folds with adapters"
+        w, p, gone = place.of(pages), own.p, beside.basis.gone
         v = basis_of(beside.basis, ids[0][i], place.shape, direction)
         if (master := master_of.get(name)) is None:
             w = folded(w, p, v, gone, rounding, bits.fold(jax.random.key_data(beside.basis.key), ids[0][i]))
