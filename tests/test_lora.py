@@ -10,9 +10,11 @@ from test_stream import FAMILIES, PLANS, batches
 
 import zo2jax as zo
 from pallas_kernels.bits import draw, fold, normal_pair
+from zo2jax.directions import draw as draw_z
 from zo2jax.directions import leaf_id, lora, step_keys
 from zo2jax.models.blocks import set_leaf
 from zo2jax.pages import flat
+from zo2jax.updates import perturb
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -127,6 +129,11 @@ def test_a_run_goes_on_with_the_same_bits_and_the_base_stays(format, momentum, t
     ("make", "message"),
     [
         (lambda model, path: zo.mezo(model.loss, zo.two_point(1e-3, direction=lora(2)), zo.sgd(0.1)), "are for zo2jax"),
+        (lambda model, path: draw_z(lora(2), jax.random.key(0), np.uint32(1), (3, 4)), "are for zo2jax"),
+        (
+            lambda model, path: perturb({}, jax.random.key(0), jnp.ones(1), jnp.ones(0), direction=lora(2)),
+            "are for zo2jax",
+        ),
         (lambda model, path: run(model, path, lora(2, targets=("*.w",))), r"targets \['\*\.w'\] name no matrix"),
         (lambda model, path: lora(2, 0), "alpha is 0, expected a positive number"),
         (lambda model, path: lora(0), "rank is 0, expected 1 to 64"),

@@ -112,6 +112,20 @@ def lora(rank: int = 8, alpha: float | None = None, *, targets: Sequence[str] = 
     return Direction(f"lora({rank}, alpha={alpha:g}{more})", bits.normal_pair, rank, None, alpha / rank, tuple(targets))
 
 
+def check_of_weights(direction: Direction) -> Direction:
+    """Returns a direction of the weights themselves, or raises: one of adapters says nothing without them.
+
+    Raises:
+        ValueError: for `lora`.
+
+    >>> check_of_weights(normal)
+    normal
+    """
+    if direction.adapter is not None:
+        raise ValueError(f"the direction is {direction}: adapters are for zo2jax.Run, which keeps them")
+    return direction
+
+
 def _check_rank(rank: int) -> None:
     if not 1 <= rank <= _MAX_RANK:
         raise ValueError(f"rank is {rank}, expected 1 to {_MAX_RANK} (1 to 8 are usual)")
@@ -249,7 +263,7 @@ def draw(
     """
     n_rows, columns = matrix_shape(shape)
     data, ident = jax.random.key_data(key), jnp.asarray(ident, jnp.uint32)
-    if direction.rank and len(shape) >= 2:
+    if check_of_weights(direction).rank and len(shape) >= 2:
         u, v = factors(direction, jax.vmap(bits.fold, in_axes=(0, None))(data, ident), (n_rows, columns))
         return expand(u, v).reshape(shape) if rows is None else expand(u[rows], v)
     leaf_key = bits.fold(data[0] if direction.rank else data, ident)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.bits import cut12
-from zo2jax.directions import PyTree, check_key, leaf_ids, step_keys
+from zo2jax.directions import PyTree, check_key, check_of_weights, leaf_ids, step_keys
 from zo2jax.estimators import Estimator
 from zo2jax.optimizers import Optimizer, as_optimizer
 from zo2jax.updates import Rounding, Update, apply_update, perturb, residual, stochastic
@@ -150,8 +150,7 @@ def mezo(loss_fn: LossFn, estimator: Estimator, optimizer: Any, *, rounding: Rou
         raise ValueError(f"the optimizer is {transform.name}: momentum is for zo2jax.Run with zo2jax.lowrank")
     if rounding == residual:
         raise ValueError(f"rounding is {rounding}, which zo2jax.Run keeps: expected stochastic or nearest")
-    if estimator.direction.adapter is not None:
-        raise ValueError(f"the direction is {estimator.direction}: adapters are for zo2jax.Run, which keeps them")
+    check_of_weights(estimator.direction)
     indices, values = estimator.sparse_probes()
 
     def init(params: PyTree, key: jax.Array) -> State:

@@ -20,7 +20,7 @@ from pallas_kernels import bits
 from pallas_kernels.perturb import Probes, Terms
 from pallas_kernels.perturb import perturb as perturb_leaf
 from pallas_kernels.reference import decayed
-from zo2jax.directions import Direction, PyTree, expand, factors, is_trained, matrix_shape, normal
+from zo2jax.directions import Direction, PyTree, check_of_weights, expand, factors, is_trained, matrix_shape, normal
 
 _SMALL_LEAF = 1 << 20
 """Elements up to which equal leaves are moved together; see `_together`."""
@@ -325,7 +325,7 @@ def apply_update(
     to host memory.
 
     Raises:
-        ValueError: for an update of an optimizer with momentum, which is not in it.
+        ValueError: for an update of an optimizer with momentum, which is not in it; for `zo2jax.lora`.
 
     >>> from zo2jax.directions import leaf_ids
     >>> params = {"w": jnp.ones((2, 2))}
@@ -337,7 +337,7 @@ def apply_update(
         raise ValueError(
             "the update lacks its momentum, which zo2jax.Run keeps: expected an optimizer without momentum"
         )
-    return move(params, leaf_ids, update, direction=direction, rounding=rounding)[0]
+    return move(params, leaf_ids, update, direction=check_of_weights(direction), rounding=rounding)[0]
 
 
 def perturb(
@@ -352,5 +352,5 @@ def perturb(
     >>> jnp.abs(probe["w"]).tolist()
     [[1.0, 1.0]]
     """
-    members = move(params, leaf_ids, None, keys, coefs[None], direction=direction)[1]
+    members = move(params, leaf_ids, None, keys, coefs[None], direction=check_of_weights(direction))[1]
     return jax.tree.map(lambda w: w[0], members)
