@@ -3,6 +3,9 @@
     zo2jax train stories260k_shakespeare_lora model=FOLDER data=tinyshakespeare.txt dtype=bfloat16
 
 ``model`` is a Hugging Face folder of karpathy/tinyllamas stories260K, ``data`` the tinyshakespeare text.
+
+Held-out loss 5.05 to 3.49 nats per token (directions of whole matrices: 3.56). 19 minutes on 2 CPU cores that do
+something else as well. eps 1e-2 gives the same; a learning rate of 3e-4 is slow, 3e-3 is too large.
 """
 
 from dataclasses import dataclass
