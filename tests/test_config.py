@@ -48,7 +48,7 @@ def test_dense_directions_have_a_refresh_with_a_format():
     ("override", "message"),
     [
         ("stepz=5", "unknown config key 'stepz': did you mean steps"),
-        ("zzz=5", "known keys are batch, clip"),
+        ("zzz=5", "known keys are alpha, batch, clip"),
         ("steps", "'steps': expected key=value"),
         ("steps=many", "steps=many: expected"),
         ("steps=1.5", "steps=1.5: expected"),
@@ -62,6 +62,9 @@ def test_dense_directions_have_a_refresh_with_a_format():
         ("tier=tape", "tier=tape: expected one of 'device', 'host', 'disk'"),
         ("device_memory=much", "device_memory=much: size 'much': expected .* such as 4GiB"),
         ("prefetch=-1", "prefetch=-1: expected an integer of at least 0"),
+        ("alpha=-1", "alpha=-1.0: expected a finite number of at least 0"),
+        ("momentum=1", r"momentum=1\.0: expected a number of at least 0 and below 1"),
+        ("momentum=0.9", r"momentum=0\.9, direction=normal: expected direction=lowrank with it"),
     ],
 )
 def test_bad_overrides(override, message):
@@ -147,6 +150,12 @@ def test_objects():
     assert config.may_grow() == () and with_overrides(Config, []).may_grow() == ("steps",)
     cosine = with_overrides(Config, ["schedule=cosine", "steps=10"]).make_optimizer()
     assert float(cosine.update(g, cosine.init(3))[0][0]) == pytest.approx(-5e-6)
+    moving = with_overrides(Config, ["direction=lowrank", "momentum=0.5"])
+    assert moving.make_optimizer().momentum == moving.as_json()["momentum"] == 0.5
+    assert "momentum" not in config.as_json()  # runs from before there was one go on
+    adapters = with_overrides(Config, ["direction=lora", "rank=4", "alpha=8", "targets=*.q.*, head.*", "format=int8"])
+    assert adapters.make_estimator().direction == zo.lora(4, 8, targets=("*.q.*", "head.*"))
+    assert {"rank", "alpha", "targets"} <= adapters.as_json().keys() and "alpha" not in moving.as_json()
 
 
 def test_what_lies_in_the_current_folder_does_not_matter(tmp_path, monkeypatch):

@@ -272,6 +272,16 @@ def test_a_run_of_codes_goes_on_with_the_same_bits(refresh, tmp_path, monkeypatc
     same(expected[0], trained(model, tmp_path / "parts", steps=8, refresh=refresh)[0])
 
 
+def test_the_stream_can_wait_for_visits_that_only_read(tmp_path):
+    """What it waits for must not be given away to a later visit, or blocks would heap up on the device."""
+    model = FAMILIES["llama"](False).init(jax.random.key(1))
+    options = {"directory": tmp_path, "key": jax.random.key(5), "plan": PLANS["host"]}
+    with zo.Run(model, zo.two_point(1e-3, direction=lowrank(2)), zo.sgd(1e-3), **options) as run:
+        run.step(next(batches(1)))
+        waiting = run._stream._last
+        assert waiting and all(results and not results[0].is_deleted() for results in waiting.values())
+
+
 def test_formats_are_for_low_rank_directions(tmp_path):
     model = FAMILIES["llama"](True).init(jax.random.key(1)).with_format(zo.int8())
     with pytest.raises(ValueError, match=r"the format is int8\(\), with the direction normal: expected"):

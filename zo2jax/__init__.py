@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 from zo2jax.directions import Direction as Direction
 from zo2jax.directions import dense as dense
+from zo2jax.directions import lora as lora
 from zo2jax.directions import lowrank as lowrank
 from zo2jax.directions import normal as normal
 from zo2jax.directions import rademacher as rademacher

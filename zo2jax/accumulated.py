@@ -1,14 +1,16 @@
-"""What low-rank updates add up to between two folds, beside the matrices of all blocks of a stream."""
+"""What low-rank updates add up to between two folds, and their momentum, beside the matrices of a stream's blocks."""
 
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import bits
-from zo2jax.directions import Direction, matrix_shape
-from zo2jax.factored import Basis, Beside, after, basis_of
+from zo2jax.directions import Direction, leaf_id, matrix_shape
+from zo2jax.factored import Basis, Beside, Sum, after, basis_of, projected
 from zo2jax.folding import Addend
 from zo2jax.masters import Masters
 from zo2jax.models.blocks import Params, set_leaf
@@ -17,40 +19,77 @@ from zo2jax.updates import Rounding, Update
 
 
 class Accumulated(Masters):
-    """P of every matrix, on the device; and in the tier of each block what only folds touch: masters and residuals.
+    """The `Sum` of every matrix, on the device; in the tier of each block what only folds touch: masters, residuals.
 
     Args:
         layouts: by block.
         direction: one with a rank.
         rounding: of folds.
         basis: typed key [], of V.
+        momentum: whether updates have it.
+
+    Raises:
+        ValueError: for a pattern of `zo2jax.lora` that names no matrix.
 
     >>> from zo2jax.directions import lowrank
     >>> from zo2jax.updates import nearest
     >>> layouts = {"head": Layout.of({"w": jnp.ones((3, 4))})}
     >>> beside = Accumulated(layouts, lowrank(2), nearest, jax.random.key(0)).beside("head", ())
-    >>> beside.own[0].shape, beside.tied
+    >>> beside.own[0].p.shape, beside.tied
     ((3, 2), ())
     """
 
-    def __init__(self, layouts: Mapping[str, Layout], direction: Direction, rounding: Rounding, basis: jax.Array):
+    def __init__(
+        self,
+        layouts: Mapping[str, Layout],
+        direction: Direction,
+        rounding: Rounding,
+        basis: jax.Array,
+        momentum: bool = False,
+    ):
         """Begins with nothing."""
         super().__init__(layouts, direction, rounding)
         self._places = {name: {p: i for i, (_, p) in enumerate(x.matrices)} for name, x in layouts.items()}
-        self.restart(basis)
+        self._basis = Basis(basis, jnp.float32(0))
+        names = [f"{name}.{leaf}" for name, layout in layouts.items() for leaf, _ in layout.matrices]
+        if unknown := [target for target in direction.targets if not any(fnmatchcase(x, target) for x in names)]:
+            raise ValueError(f"targets {unknown} name no matrix, of which there are {', '.join(names[:9])}, ..")
+        self.sums = {
+            name: tuple(self._start(name, *matrix, momentum) for matrix in x.matrices) for name, x in layouts.items()
+        }
+        """By block, those of its matrices."""
+
+    def _start(self, name: str, leaf: str, place: Place, momentum: bool) -> Sum | None:
+        if not self._direction.adapts(f"{name}.{leaf}"):
+            return None
+        p = jnp.zeros((matrix_shape(place.shape)[0], self._direction.rank))
+        if self._direction.adapter is not None:
+            p = jnp.concatenate([p, self._v(self._basis, name, leaf, place)])
+        return Sum(p, jnp.zeros_like(p) if momentum else None)
 
     def restart(self, basis: jax.Array) -> None:
-        """Begins anew, with another V."""
-        self._basis = Basis(basis, jnp.float32(0))
-        self.sums = {name: tuple(self._zeros(p) for _, p in x.matrices) for name, x in self._layouts.items()}
-        """By block, P of its matrices."""
+        """Begins anew after a fold, with another V, which momentum is taken along to."""
+        old, self._basis = self._basis, Basis(basis, jnp.float32(0))
+        for name, layout in self._layouts.items():
+            kept: list[Sum | None] = []
+            for (leaf, place), own in zip(layout.matrices, self.sums[name], strict=True):
+                assert own is not None, "there are no folds with adapters"
+                n = own.n
+                if n is not None:
+                    n = projected(n, *(self._v(x, name, leaf, place) for x in (old, self._basis)))
+                kept.append(Sum(jnp.zeros_like(own.p), n))
+            self.sums[name] = tuple(kept)
 
-    def _zeros(self, place: Place) -> jax.Array:
-        return jnp.zeros((matrix_shape(place.shape)[0], self._direction.rank))
+    def _v(self, basis: Basis, name: str, leaf: str, place: Place) -> jax.Array:
+        return basis_of(basis, jnp.uint32(leaf_id(f"{name}.{leaf}")), place.shape, self._direction)
 
     def go_on(self, name: str, kept: Params) -> None:
         """Goes on with what `saved` gave of a block."""
-        self.sums[name] = tuple(jnp.asarray(flat(kept["p"])[leaf]) for leaf, _ in self._layouts[name].matrices)
+        p, v, n = (flat(kept.get(part, {})) for part in "pvn")
+        if self._direction.adapter is not None:
+            p = {leaf: np.concatenate([p[leaf], v[leaf]]) for leaf in p}
+        sums = [Sum(p[leaf], n.get(leaf)) if leaf in p else None for leaf, _ in self._layouts[name].matrices]
+        self.sums[name] = tuple(jax.tree.map(jnp.asarray, sums))
         self._basis = self._basis._replace(gone=jnp.asarray(kept["gone"]))
 
     def beside(self, name: str, tied: Sequence[tuple[str, Place]]) -> Beside:
@@ -59,34 +98,39 @@ class Accumulated(Masters):
         return Beside(self.sums[name], shared, self._basis)
 
     def update(self, update: Update) -> None:
-        """Takes in what an update lets go of all matrices; P itself changes in visits."""
-        self._basis = after(self._basis, update)
+        """Takes in what an update lets go of all matrices; P itself changes in visits, and so do adapters."""
+        if self._direction.adapter is None:
+            self._basis = after(self._basis, update)
 
-    def take(self, name: str, changed: tuple[jax.Array, ...]) -> None:
-        """Keeps the P of a block's matrices that a visit gave."""
+    def take(self, name: str, changed: tuple[Sum | None, ...]) -> None:
+        """Keeps what a visit gave of a block's matrices."""
         self.sums[name] = changed
 
     def addends(self, name: str, ids: jax.Array) -> list[Addend]:
         """What a fold takes into each matrix of a block."""
         shapes = tuple(place.shape for _, place in self._layouts[name].matrices)
-        return [
-            Addend(p, *rest)
-            for p, rest in zip(self.sums[name], _rest_of(self._basis, ids, shapes, self._direction), strict=True)
-        ]
+        rests = _rest_of(self._basis, ids, shapes, self._direction)
+        return [Addend(own.p, *rest) for own, rest in zip(self.sums[name], rests, strict=True) if own is not None]
 
-    def saved(self, name: str, ids: jax.Array) -> Params:
-        """A copy of what is beside a block's matrices: {"p": .., "v": .., "gone": float32 []}, and "low"; or {}.
+    def saved(self, name: str) -> Params:
+        """A copy of what is beside a block's matrices, or {} without any.
 
-        ``ids`` uint32 [matrices] are the leaf ids.
+        {"p": .., "v": .., "gone": float32 []}; with momentum "n", and with `residual` rounding "low".
         """
         matrices = self._layouts[name].matrices
         if not matrices:
             return {}
-        found: Params = {"p": {}, "v": {}, "gone": jnp.array(self._basis.gone)}
-        for (leaf, place), p, ident in zip(matrices, self.sums[name], ids, strict=True):
-            set_leaf(found["p"], leaf, jnp.array(p))
-            set_leaf(found["v"], leaf, basis_of(self._basis, ident, place.shape, self._direction))
-        return found | super().saved(name, ids)
+        found: Params = {"gone": jnp.array(self._basis.gone)}
+        for (leaf, place), own in zip(matrices, self.sums[name], strict=True):
+            if own is None:
+                continue
+            rows = matrix_shape(place.shape)[0]
+            trained = self._direction.adapter is not None
+            v = own.p[rows:] if trained else self._v(self._basis, name, leaf, place)
+            parts = {"p": jnp.array(own.p[:rows]), "v": jnp.array(v)}
+            for part, x in (parts if own.n is None else parts | {"n": jnp.array(own.n)}).items():
+                set_leaf(found.setdefault(part, {}), leaf, x)
+        return found | super().saved(name)
 
 
 @partial(jax.jit, static_argnames=("shapes", "direction"))

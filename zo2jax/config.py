@@ -6,7 +6,7 @@ import inspect
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args, get_type_hints
@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import optax
 import tyro
 
-from zo2jax.directions import Direction, dense, lowrank
+from zo2jax.directions import Direction, dense, lora, lowrank
 from zo2jax.estimators import Estimator, averaged, two_point
 from zo2jax.formats import Format, named
 from zo2jax.models.model import Model
@@ -22,6 +22,7 @@ from zo2jax.optimizers import Optimizer, sgd
 from zo2jax.plan import Plan, parse_size, plan
 from zo2jax.updates import Rounding, nearest, residual, stochastic
 
+_LOW_RANK = ("lowrank", "lora")
 _ROUNDINGS: dict[str, Rounding] = {"nearest": nearest, "stochastic": stochastic, "residual": residual}
 
 
@@ -79,18 +80,24 @@ class Config:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Of the learning rate over ``steps``, down to zero."""
     weight_decay: float = 0.0
+    momentum: float = 0.0
+    """Of low-rank updates (LOZO-M); 0 for none."""
     clip: float = 0.0
     """Bound on |projected gradient|; 0 for none."""
     eps: float = 1e-3
     """Perturbation scale."""
-    direction: Literal["normal", "rademacher", "lowrank"] = "normal"
+    direction: Literal["normal", "rademacher", "lowrank", "lora"] = "normal"
     """Of the perturbations; with "lowrank", or with a ``format``, matrices are only read but for a fold every
-    ``refresh`` steps."""
+    ``refresh`` steps; with "lora" adapters are trained beside them."""
     rank: int = 2
-    """Of low-rank directions."""
+    """Of low-rank directions, or of adapters (8 is usual)."""
     refresh: int = 50
     """Steps for which low-rank directions keep one factor; 0: for all. With a ``format``, steps whose updates dense
     directions add anew in each: 4 to 16 are usual."""
+    alpha: float = 0.0
+    """Adapters are multiplied by alpha / rank; 0: the rank."""
+    targets: str = ""
+    """Patterns of the matrices that have an adapter, separated by commas, such as ``*.attn.[qv].*``; empty for all."""
     directions: int = 1
     """Directions a step, averaged; each costs two forward passes."""
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""
@@ -99,6 +106,8 @@ class Config:
     """How matrices are kept; empty for as they are."""
     group: int = 0
     """Columns that share a scale of codes; 0: a whole row of int8, 64 of int4."""
+    compute: Literal["bf16", "int8"] = "bf16"
+    """How products with int8 codes are made; with "int8" activations are rounded to int8 as well."""
     rounding: Literal["stochastic", "nearest", "residual"] = "stochastic"
     """Of updates to 16-bit matrices; "residual" is exact, where they are only read."""
     held_out: float = 0.1
@@ -128,6 +137,10 @@ class Config:
         for name in (*counts, "train_examples", "dev_examples", "eval_examples"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected an integer of at least 1")
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"momentum={self.momentum}: expected a number of at least 0 and below 1, such as 0.9")
+        if self.momentum and self.direction not in _LOW_RANK:
+            raise ConfigError(f"momentum={self.momentum}, direction={self.direction}: expected direction=lowrank")
         for name in ("demonstrations", "prefetch", "group", "refresh"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected an integer of at least 0")
@@ -141,7 +154,7 @@ class Config:
                 parse_size(self.device_memory)
             except ValueError as error:
                 raise ConfigError(f"device_memory={self.device_memory}: {error}") from None
-        for name in ("learning_rate", "weight_decay", "clip"):
+        for name in ("learning_rate", "weight_decay", "clip", "alpha"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}={getattr(self, name)}: expected a finite number of at least 0")
         if not 0 < self.eps < float("inf"):
@@ -152,32 +165,36 @@ class Config:
             if not 0 <= getattr(self, name) < 2**32:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected an integer from 0 to 2**32 - 1")
 
+    def make_direction(self) -> Direction:
+        """The distribution of perturbations; a dense one has a refresh if there is a format.
+
+        Raises:
+            ConfigError: for a rank, refresh or alpha out of range.
+        """
+        try:
+            if self.direction == "lora":
+                targets = [target.strip() for target in self.targets.split(",") if target.strip()]
+                return lora(self.rank, self.alpha or None, targets=targets)
+            if self.direction == "lowrank":
+                return lowrank(self.rank, refresh=self.refresh or None)
+            return dense(self.direction, refresh=(self.refresh or None) if self.format else None)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
     def make_estimator(self) -> Estimator:
         """The estimator that the config describes."""
         one = two_point(self.eps, direction=self.make_direction())
         return one if self.directions == 1 else averaged(one, self.directions)
 
-    def make_direction(self) -> Direction:
-        """The direction of the estimator; a dense one has a refresh if there is a format.
-
-        Raises:
-            ConfigError: for a rank out of range.
-        """
-        if self.direction != "lowrank":
-            return dense(self.direction, refresh=(self.refresh or None) if self.format else None)
-        try:
-            return lowrank(self.rank, refresh=self.refresh or None)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-
     def make_optimizer(self) -> Optimizer:
-        """SGD with the config's schedule, decay and clip."""
+        """SGD with the config's schedule, decay, momentum and clip."""
         rates = {
             "constant": self.learning_rate,
             "linear": optax.linear_schedule(self.learning_rate, 0.0, self.steps),
             "cosine": optax.cosine_decay_schedule(self.learning_rate, self.steps),
         }
-        return sgd(rates[self.schedule], self.weight_decay, transform=optax.clip(self.clip) if self.clip else None)
+        transform = optax.clip(self.clip) if self.clip else None
+        return sgd(rates[self.schedule], self.weight_decay, momentum=self.momentum, transform=transform)
 
     def make_plan(self, model: Model, batch: Any) -> Plan:
         """Where the blocks of a model live while batches of these shapes are trained on.
@@ -194,9 +211,19 @@ class Config:
             prefetch=self.prefetch,
         )
 
-    def make_format(self) -> Format | None:
-        """The format that matrices are kept in."""
-        return named(self.format, self.group or None) if self.format else None
+    def make_format(self, of_folder: Format | None) -> Format | None:
+        """The format that matrices are kept in; that of the model's folder if the config names none.
+
+        Raises:
+            ConfigError: for a format without products of the kind that the config asks for.
+        """
+        found = named(self.format, self.group or None) if self.format else of_folder
+        if found is None and self.compute != "bf16":
+            raise ConfigError(f"compute={self.compute}: expected format=int8 with it, or a folder of int8 codes")
+        try:
+            return None if found is None else replace(found, compute=self.compute)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
     def make_rounding(self) -> Rounding:
         """The rounding policy of updates."""
@@ -207,8 +234,11 @@ class Config:
         values = asdict(self)
         neutral: tuple[str, ...] = ("directory", "tensorboard", "eval_examples", "demonstrations", "scoring")
         neutral += () if self.format else ("format", "group")
-        neutral += () if self.direction == "lowrank" else ("rank",)
-        neutral += () if self.direction == "lowrank" or self.format else ("refresh",)
+        neutral += () if self.compute != "bf16" else ("compute",)
+        neutral += () if self.momentum else ("momentum",)
+        neutral += () if self.direction in _LOW_RANK else ("rank",)
+        neutral += () if self.direction == "lowrank" or (self.format and self.direction != "lora") else ("refresh",)
+        neutral += () if self.direction == "lora" else ("alpha", "targets")
         for name in (*neutral, "tier", "device_memory", "prefetch"):
             del values[name]
         values |= {name: _absolute(values[name]) for name in ("model", "task", "validation")}

@@ -7,7 +7,9 @@ the leaf key (see `pallas_kernels.bits`). A leaf of shape [..., n] is a matrix o
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -44,6 +46,20 @@ class Direction:
         (False, True, True)
         """
         return self.rank > 0 or self.refresh is not None
+
+    """Steps for which V is kept, if there is a rank; None: always."""
+    adapter: float | None = None
+    """Of `lora`: what B A is multiplied by. None: matrices themselves are trained."""
+    targets: tuple[str, ...] = ()
+    """Of `lora`: patterns of the matrices that have an adapter; () for all."""
+
+    def adapts(self, name: str) -> bool:
+        """Whether the matrix of this dotted name has factors of its own, for a direction with a rank.
+
+        >>> lora(4, targets=("*.attn.q.*",)).adapts("layers.0.attn.k.weight"), lowrank(4).adapts("w")
+        (False, True)
+        """
+        return not self.targets or any(fnmatchcase(name, pattern) for pattern in self.targets)
 
     def __repr__(self) -> str:
         return self.name
@@ -95,11 +111,57 @@ def lowrank(rank: int = 2, refresh: int | None = 50) -> Direction:
     >>> lowrank(2, refresh=50)
     lowrank(2, refresh=50)
     """
-    if not 1 <= rank <= _MAX_RANK:
-        raise ValueError(f"rank is {rank}, expected 1 to {_MAX_RANK} (1 to 8 are usual)")
+    _check_rank(rank)
     if refresh is not None and refresh < 1:
         raise ValueError(f"refresh is {refresh}, expected at least 1 step (50 to 100 are usual)")
     return Direction(f"lowrank({rank}, refresh={refresh})", bits.normal_pair, rank, refresh)
+
+
+def lora(rank: int = 8, alpha: float | None = None, *, targets: Sequence[str] = ()) -> Direction:
+    """Adapters: a matrix W [n_out, n_in] stays as it is, and what is trained is W + alpha / rank B A.
+
+    B [n_out, rank] begins at 0 and A [rank, n_in] at N(0, 1 / (3 n_in)), the variance of PEFT's default. Both are
+    perturbed along dense normal z and both take updates and weight decay; W, and vectors (norms, biases), never move
+    (LoRA, Hu et al., arXiv 2106.09685; with MeZO, arXiv 2305.17333, section 3). For `zo2jax.Run`, which keeps the
+    adapters.
+
+    Args:
+        rank: of B A.
+        alpha: B A is multiplied by alpha / rank; the rank if None.
+        targets: patterns (`fnmatch`) of the dotted names of matrices that have an adapter, such as "*.attn.[qv].*";
+            all matrices if empty.
+
+    Raises:
+        ValueError: for a rank that is not 1 to 64, or an alpha that is not positive.
+
+    >>> lora(8, 16)
+    lora(8, alpha=16)
+    """
+    _check_rank(rank)
+    alpha = rank if alpha is None else alpha
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha is {alpha}, expected a positive number (one or two times the rank is usual)")
+    more = f", targets={tuple(targets)}" if targets else ""
+    return Direction(f"lora({rank}, alpha={alpha:g}{more})", bits.normal_pair, rank, None, alpha / rank, tuple(targets))
+
+
+def check_of_weights(direction: Direction) -> Direction:
+    """Returns a direction of the weights themselves, or raises: one of adapters says nothing without them.
+
+    Raises:
+        ValueError: for `lora`.
+
+    >>> check_of_weights(normal)
+    normal
+    """
+    if direction.adapter is not None:
+        raise ValueError(f"the direction is {direction}: adapters are for zo2jax.Run, which keeps them")
+    return direction
+
+
+def _check_rank(rank: int) -> None:
+    if not 1 <= rank <= _MAX_RANK:
+        raise ValueError(f"rank is {rank}, expected 1 to {_MAX_RANK} (1 to 8 are usual)")
 
 
 def check_key(key: jax.Array) -> jax.Array:
@@ -244,7 +306,7 @@ def draw(
     """
     n_rows, columns = matrix_shape(shape)
     data, ident = jax.random.key_data(key), jnp.asarray(ident, jnp.uint32)
-    if direction.rank and len(shape) >= 2:
+    if check_of_weights(direction).rank and len(shape) >= 2:
         u, v = factors(direction, jax.vmap(bits.fold, in_axes=(0, None))(data, ident), (n_rows, columns))
         return expand(u, v).reshape(shape) if rows is None else expand(u[rows], v)
     leaf_key = bits.fold(data[0] if direction.rank else data, ident)
@@ -260,13 +322,23 @@ def factors(direction: Direction, keys: jax.Array, shape: tuple[int, int]) -> tu
     under its key, so that any rows can be drawn alone; U is divided by sqrt(rank) and cut to 12 bits again, V rounded
     to 8, so that 16-bit products with it are those of Z.
 
+    Those of `lora` are of its adapter: U [rows + columns, rank] is z of B, times alpha / rank, and below it z of A^T; V
+    is what A^T begins with.
+
     >>> u, v = factors(lowrank(2), jnp.zeros((2, 2), jnp.uint32), (3, 5))
     >>> u.shape, v.shape
     ((3, 2), (5, 2))
     """
-    rank = direction.rank
-    u, v = (bits.draw(direction.pair, keys[i], jnp.arange(n, dtype=jnp.uint32), rank) for i, n in enumerate(shape))
-    return bits.cut12(u * np.float32(1 / math.sqrt(rank))), lax.reduce_precision(v, exponent_bits=8, mantissa_bits=7)
+    rank, (rows, columns) = direction.rank, shape
+    u_scale: Any = np.float32(1 / math.sqrt(rank))
+    v_scale = np.float32(1)
+    if direction.adapter is not None:
+        u_scale = np.repeat(np.array([direction.adapter, 1], np.float32), (rows, columns))[:, None]
+        v_scale, rows = np.float32(1 / math.sqrt(3 * columns)), rows + columns
+    u, v = (
+        bits.draw(direction.pair, keys[i], jnp.arange(n, dtype=jnp.uint32), rank) for i, n in enumerate((rows, columns))
+    )
+    return bits.cut12(u * u_scale), lax.reduce_precision(v * v_scale, exponent_bits=8, mantissa_bits=7)
 
 
 def expand(p: jax.Array, v: jax.Array) -> jax.Array:

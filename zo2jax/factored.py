@@ -6,6 +6,12 @@ With W as it was at the last fold, P [n_out, rank] the sum of all updates since,
 
 is the product by a member's matrix: all members share the product with W, which is never perturbed nor written back.
 A fold, W <- s W + P V^T, makes room for another V. (LOZO, arXiv 2410.07698, section 3.2, moves W at every step.)
+
+With momentum beta (LOZO-M, algorithm 2) a step is N <- beta N + (1 - beta) sum_k coefs_k U_k and P <- P - decay P + N,
+which is momentum of the matrix itself as long as V stays. A fold takes N to the nearest one with the new V' that random
+directions know of: N <- N (V^T V') / n_in, for N V^T ~ N (V^T V') V'^T / n_in.
+
+With `zo2jax.lora` s is 1, and V is trained too: P and V are B, times its scale, and A^T of an adapter.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,6 +53,37 @@ class Basis(NamedTuple):
     """float32 [], 1 - s: the fraction of W that went."""
 
 
+class Sum(NamedTuple):
+    """What is kept of a matrix: the sum of its updates, and their momentum.
+
+    >>> Sum(jnp.zeros((3, 2))).n is None
+    True
+    """
+
+    p: jax.Array
+    """P, float32 [n_out, rank]; of an adapter P, and below it V: [n_out + n_in, rank]."""
+    n: jax.Array | None = None
+    """N, of the same shape; None for an optimizer without momentum."""
+
+    def moved(self, update: Update, keys: jax.Array, direction: Direction, shape: tuple[int, int]) -> "Sum":
+        """After an update of a matrix of this shape, with the leaf's ``keys`` uint32 [K, 2, 2]; exact products only.
+
+        >>> from zo2jax.directions import lowrank
+        >>> update = Update(jax.random.split(jax.random.key(0), (1, 2)), jnp.ones(1), jnp.float32(0), jnp.float32(0.5))
+        >>> keys, start = jax.random.key_data(update.keys), jnp.zeros((3, 2))
+        >>> plain, half = (x.moved(update, keys, lowrank(2), (3, 4)).p for x in (Sum(start), Sum(start, start)))
+        >>> bool((half == 0.5 * plain).all())
+        True
+        """
+        coefs, decay = (bits.cut12(x) for x in (update.coefs, lax.optimization_barrier(update.decay)))
+        if self.n is None:
+            return Sum(decayed(self.p, combined(keys, coefs, shape, direction), decay, jnp.float32))
+        assert update.fresh is not None, "an optimizer with momentum says so in its updates"
+        fresh = bits.cut12(lax.optimization_barrier(update.fresh))
+        n = decayed(self.n, combined(keys, bits.cut12(fresh * coefs), shape, direction), fresh, jnp.float32)
+        return Sum(decayed(self.p, jnp.where(fresh > 0, n, 0), decay, jnp.float32), n)
+
+
 class Beside(NamedTuple):
     """What a visit is given beside the pages of a block.
 
@@ -54,10 +91,10 @@ class Beside(NamedTuple):
     ()
     """
 
-    own: tuple[jax.Array, ...]
-    """P of the block's matrices, float32 [n_out, rank] each."""
-    tied: tuple[jax.Array, ...]
-    """P of those that it shares."""
+    own: tuple[Sum | None, ...]
+    """Of the block's matrices; None for one without an adapter."""
+    tied: tuple[Sum | None, ...]
+    """Of those that it shares."""
     basis: Basis
 
     def matrices(
@@ -88,8 +125,8 @@ class Factored:
         matrix: W [n_out, n_in], or its codes.
         dtype: of W where it is an array.
         scale: s, float32 [].
-        f: float32 [n_out, rank]: P, and the member's probe.
-        v: float32 [n_in, rank], of 8 significant bits.
+        f: float32 [n_out, rank]: P, and the member's probe; rank 0 for none.
+        v: float32 [n_in, rank], of 8 significant bits; of an adapter the member's own.
         compute: how products with codes are made, as in `zo2jax.models.quantized.times`.
 
     >>> w = Factored(jnp.eye(2), jnp.float32, jnp.float32(1), jnp.array([[0.5], [0.0]]), jnp.ones((2, 1)))
@@ -127,7 +164,8 @@ class Factored:
     def array(self) -> jax.Array:
         """The matrix itself, for modules that know no `Weight`."""
         wide = self._scale * dense(self._matrix, jnp.float32).reshape(matrix_shape(self.shape))
-        return (wide + expand(self._f, self._v)).astype(self.dtype).reshape(self.shape)
+        wide = wide + expand(self._f, self._v) if self._v.shape[1] else wide
+        return wide.astype(self.dtype).reshape(self.shape)
 
     def rows(self, ids: jax.Array) -> jax.Array:
         """The rows of these indices, float32 [*ids.shape, n_in]."""
@@ -153,7 +191,7 @@ class Factors:
         places: of the matrices.
         pages: [length] arrays.
         ids: uint32 [matrices], the leaf ids.
-        sums: P of each matrix, before the update.
+        sums: of each matrix, before the update; None for one that stays as it is.
         update: or None.
         probes: (keys, matrix) as in `zo2jax.updates.move`.
         basis: with what is gone after the update.
@@ -165,7 +203,7 @@ class Factors:
         places: Sequence[Place],
         pages: Sequence[jax.Array],
         ids: jax.Array,
-        sums: Sequence[jax.Array],
+        sums: Sequence[Sum | None],
         update: Update | None,
         probes: tuple[jax.Array | None, jax.Array | None],
         basis: Basis,
@@ -176,31 +214,32 @@ class Factors:
         self._scale = 1 - bits.cut12(basis.gone)
         terms, self._probes = by_leaf(ids, update, *probes) if places else (None, None)
         self.sums = tuple(sums)
-        if terms is not None:
-            assert terms.decay is not None
-            added = [self._combined(i, terms.keys[i, 0], terms.coefs[i, 0]) for i in range(len(places))]
+        if update is not None and terms is not None:
             self.sums = tuple(
-                decayed(p, delta, lax.optimization_barrier(terms.decay[i, 0]), jnp.float32)
-                for i, (p, delta) in enumerate(zip(sums, added, strict=True))
+                None if one is None else one.moved(update, terms.keys[i, 0], direction, matrix_shape(place.shape))
+                for i, (place, one) in enumerate(zip(places, sums, strict=True))
             )
         self._basis, self._ids = basis, ids
-
-    def _combined(self, index: int, keys: jax.Array, coefs: jax.Array) -> jax.Array:
-        return combined(keys, coefs, matrix_shape(self._places[index].shape), self._direction)
 
     def weight(self, index: int, member: jax.Array | None) -> Factored:
         """A member's matrix; the one without a probe if ``member`` is None."""
         place = self._places[index]
-        matrix = place.of(self._pages)
-        f = self.sums[index]
+        matrix, own = place.of(self._pages), self.sums[index]
+        dtype, (rows, columns) = place.dtype or matrix.dtype, matrix_shape(place.shape)
+        if own is None:
+            return Factored(matrix, dtype, self._scale, jnp.zeros((rows, 0)), jnp.zeros((columns, 0)), place.compute)
+        f = own.p
         if member is not None:
             assert self._probes is not None
-            f = f + self._combined(index, self._probes.keys[index], self._probes.matrix[index][member])
+            keys, coefs = self._probes.keys[index], self._probes.matrix[index][member]
+            f = f + combined(keys, coefs, (rows, columns), self._direction)
+        if self._direction.adapter is not None:
+            return Factored(matrix, dtype, self._scale, f[:rows], f[rows:], place.compute)
         v = basis_of(self._basis, self._ids[index], place.shape, self._direction)
-        return Factored(matrix, place.dtype or matrix.dtype, self._scale, f, v, place.compute)
+        return Factored(matrix, dtype, self._scale, f, v, place.compute)
 
-    def settle_all(self) -> tuple[jax.Array, ...]:
-        """P of each matrix, with the update."""
+    def settle_all(self) -> tuple[Sum | None, ...]:
+        """What is kept of each matrix, with the update."""
         return self.sums
 
 
@@ -218,7 +257,7 @@ def after(basis: Basis, update: Update) -> Basis:
 
 @partial(jax.jit, static_argnames=("shape", "direction"))
 def basis_of(basis: Basis, ident: jax.Array, shape: tuple[int, ...], direction: Direction) -> jax.Array:
-    """V of a leaf of this shape: float32 [n_in, rank].
+    """V of a leaf of this shape, or what that of an adapter begins with: float32 [n_in, rank].
 
     >>> from zo2jax.directions import lowrank
     >>> basis_of(Basis(jax.random.key(0), jnp.float32(0)), jnp.uint32(1), (4, 3), lowrank(2)).shape
@@ -226,6 +265,34 @@ def basis_of(basis: Basis, ident: jax.Array, shape: tuple[int, ...], direction: 
     """
     key = bits.fold(jax.random.key_data(basis.key), jnp.asarray(ident))
     return factors(direction, jnp.stack([key, key]), matrix_shape(shape))[1]
+
+
+def projected(n: jax.Array, v: jax.Array, new: jax.Array) -> jax.Array:
+    """N (V^T V') / n_in: the momentum N [n_out, rank] of a fold from V to V' [n_in, rank].
+
+    V and V' are independent and their entries have variance 1, so that V' V'^T / n_in is the identity on average. Two
+    programs of their own, so that nothing is fused with them.
+
+    >>> projected(jnp.ones((3, 1)), jnp.array([[1.0], [1.0]]), jnp.array([[1.0], [0.5]])).tolist()
+    [[0.75], [0.75], [0.75]]
+    """
+    return _along(n, _overlap(v, new))
+
+
+@jax.jit
+def _overlap(v: jax.Array, new: jax.Array) -> jax.Array:
+    """V^T V' / n_in, by a sum whose order does not depend on the backend; products of 8 bits are exact."""
+    terms, count = v[:, :, None] * new[:, None, :], len(v)
+    terms = jnp.pad(terms, ((0, (1 << (count - 1).bit_length()) - count), (0, 0), (0, 0)))
+    while len(terms) > 1:
+        terms = terms[: len(terms) // 2] + terms[len(terms) // 2 :]
+    return terms[0] * np.float32(1 / count)
+
+
+@jax.jit
+def _along(n: jax.Array, overlap: jax.Array) -> jax.Array:
+    high = bits.cut12(overlap)
+    return expand(n, high.T) + expand(n, (overlap - high).T)
 
 
 @partial(jax.jit, static_argnames="dtype")
@@ -293,10 +360,18 @@ def shapes_stored(shapes: Params, layout: Layout, *, masters: bool) -> Params:
     return out
 
 
-def shapes_beside(layout: Layout, direction: Direction, rounding: Rounding, *, directions: int = 1) -> Params:
+def shapes_beside(
+    layout: Layout,
+    direction: Direction,
+    rounding: Rounding,
+    *,
+    directions: int = 1,
+    momentum: bool = False,
+    block: str = "",
+) -> Params:
     """What `zo2jax.stream.Stream.beside` gives of a block with this layout, as ``jax.ShapeDtypeStruct``.
 
-    ``directions`` are those of a step.
+    ``directions`` are those of a step; ``block`` is its name, for the patterns of `zo2jax.lora`.
 
     >>> from zo2jax.directions import lowrank
     >>> from zo2jax.updates import nearest
@@ -305,12 +380,17 @@ def shapes_beside(layout: Layout, direction: Direction, rounding: Rounding, *, d
     """
     if not layout.matrices:
         return {}
-    found: Params = {"p": {}, "v": {}, "gone": jax.ShapeDtypeStruct((), jnp.float32)}
+    found: Params = {"gone": jax.ShapeDtypeStruct((), jnp.float32)}
     if not direction.rank:
         found = shapes_pending((direction.refresh or 1) * directions)
     for name, place in layout.matrices if direction.rank else ():
-        for part, n in zip(("p", "v"), matrix_shape(place.shape), strict=True):
-            set_leaf(found[part], name, jax.ShapeDtypeStruct((n, direction.rank), jnp.float32))
+        if not direction.adapts(f"{block}.{name}"):
+            continue
+        rows, columns = matrix_shape(place.shape)
+        moving = rows if direction.adapter is None else rows + columns
+        for part, n in {"p": rows, "v": columns, **({"n": moving} if momentum else {})}.items():
+            like = jax.ShapeDtypeStruct((n, direction.rank), jnp.float32)
+            set_leaf(found.setdefault(part, {}), name, like)
     for name, place in layout.masters(rounding == residual).matrices if direction.refresh is not None else ():
         if dict(layout.matrices)[name].scale is None:
             set_leaf(found.setdefault("low", {}), name, jax.ShapeDtypeStruct(place.shape, jnp.int16))

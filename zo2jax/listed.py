@@ -68,8 +68,8 @@ class Listed(Masters):
         """What a fold takes into each matrix of a block."""
         return self._pending.terms(ids)
 
-    def saved(self, name: str, ids: jax.Array) -> Params:
+    def saved(self, name: str) -> Params:
         """A copy of what is beside a block's matrices: {"keys", "coefs", "used", "gone"}, and "low"; or {}."""
         if not self._layouts[name].matrices:
             return {}
-        return {part: jnp.array(getattr(self._pending, part)) for part in SAVED} | super().saved(name, ids)
+        return {part: jnp.array(getattr(self._pending, part)) for part in SAVED} | super().saved(name)

@@ -83,7 +83,7 @@ class Masters:
             return {}
         return {leaf: x.copy() for leaf, x in flat(self.masters[name].unpack(self._stores[name].read(), {})).items()}
 
-    def saved(self, name: str, ids: jax.Array) -> Params:
+    def saved(self, name: str) -> Params:
         """A copy of a block's residuals, {"low": ..}, or {}; ``ids`` uint32 [matrices] are the leaf ids."""
         found: Params = {}
         for leaf, low in self.of_masters(name).items():

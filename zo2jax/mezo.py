@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.bits import cut12
-from zo2jax.directions import PyTree, check_key, leaf_ids, step_keys
+from zo2jax.directions import PyTree, check_key, check_of_weights, leaf_ids, step_keys
 from zo2jax.estimators import Estimator
 from zo2jax.optimizers import Optimizer, as_optimizer
 from zo2jax.updates import Rounding, Update, apply_update, perturb, residual, stochastic
@@ -91,8 +91,24 @@ def conclude(
     finite = jnp.isfinite(losses).all() & jnp.isfinite(g).all()
     coefs, decay, opt_state = optimizer.update(jnp.where(finite, g, 0), opt_state)
     good = finite & jnp.isfinite(coefs).all() & jnp.isfinite(decay)
-    update = Update(keys, cut12(jnp.where(good, coefs, 0)), cut12(jnp.where(good, decay, 0)))
+    fresh = cut12(jnp.where(good, 1 - optimizer.momentum, 0)) if optimizer.momentum else None
+    update = Update(keys, cut12(jnp.where(good, coefs, 0)), cut12(jnp.where(good, decay, 0)), fresh)
     return Info(losses.mean(), g, losses, ~good, update), opt_state
+
+
+def begin(params: PyTree, key: jax.Array, estimator: Estimator, optimizer: Optimizer) -> State:
+    """The state before the first step; ``params`` may be shapes.
+
+    Raises:
+        TypeError, ValueError: see `zo2jax.directions.leaf_ids` and `zo2jax.directions.check_key`.
+
+    >>> from zo2jax import sgd, two_point
+    >>> int(begin(jnp.zeros(3), jax.random.key(0), two_point(1e-3), sgd(0.1)).step)
+    0
+    """
+    opt_state, step = optimizer.init(estimator.directions), jnp.zeros((), jnp.uint32)
+    ids = jnp.asarray(leaf_ids(params))
+    return State(params, opt_state, step, check_key(key), ids)
 
 
 def mezo(loss_fn: LossFn, estimator: Estimator, optimizer: Any, *, rounding: Rounding = stochastic) -> Mezo:
@@ -115,8 +131,9 @@ def mezo(loss_fn: LossFn, estimator: Estimator, optimizer: Any, *, rounding: Rou
         rounding: how updates of 16-bit leaves are rounded, `stochastic` or `nearest`.
 
     Raises:
-        ValueError: at construction for an optimizer that does not commute with z, or `residual` rounding; by ``init``
-            for a key that is not threefry and for two leaves that would share noise.
+        ValueError: at construction for an optimizer that does not commute with z, or has momentum, for `residual`
+            rounding, and for `zo2jax.lora`; by ``init`` for a key that is not threefry and for two leaves that would
+            share noise.
         TypeError: by ``init`` for leaves of another dtype than float32, bfloat16, float16; by ``step`` for a
             loss that is not a float32 scalar.
 
@@ -129,13 +146,15 @@ def mezo(loss_fn: LossFn, estimator: Estimator, optimizer: Any, *, rounding: Rou
     True
     """
     transform = as_optimizer(optimizer)
+    if transform.momentum:
+        raise ValueError(f"the optimizer is {transform.name}: momentum is for zo2jax.Run with zo2jax.lowrank")
     if rounding == residual:
         raise ValueError(f"rounding is {rounding}, which zo2jax.Run keeps: expected stochastic or nearest")
+    check_of_weights(estimator.direction)
     indices, values = estimator.sparse_probes()
 
     def init(params: PyTree, key: jax.Array) -> State:
-        ids = jnp.asarray(leaf_ids(params))
-        return State(params, transform.init(estimator.directions), jnp.zeros((), jnp.uint32), check_key(key), ids)
+        return begin(params, key, estimator, transform)
 
     def step(state: State, batch: Any) -> tuple[State, Info]:
         keys = step_keys(state.key, state.step, estimator.directions, estimator.direction)

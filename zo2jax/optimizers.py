@@ -25,6 +25,9 @@ class Optimizer(NamedTuple):
     update: Callable[[jax.Array, Any], tuple[jax.Array, jax.Array, Any]]
     name: str = "optimizer"
     """What it is, for the config of a run."""
+    momentum: float = 0.0
+    """How much of the last step's momentum stays, in [0, 1). `zo2jax.Run` keeps it in the factors of matrices, with
+    low-rank directions."""
 
 
 class Faithful(NamedTuple):
@@ -90,8 +93,8 @@ def check_faithful(transformation: Any) -> optax.GradientTransformation:
         raise ValueError(
             f"the optimizer keeps floats in its state ({', '.join(floats)}), as momentum and Adam do. It sees only the "
             "projected gradients g_k, whose directions z_k change at every step, so averages over steps are not "
-            "averages of gradients. Use zo.sgd, schedules, clip or sign; or wrap it in zo.faithful(...) if the "
-            "numbers are meant for g_k alone"
+            "averages of gradients. Use zo.sgd (whose momentum is of weights), schedules, clip or sign; or wrap it in "
+            "zo.faithful(...) if the numbers are meant for g_k alone"
         )
     try:
         with jax.numpy_dtype_promotion("standard"):  # optax relies on it
@@ -108,14 +111,23 @@ def sgd(
     learning_rate: float | Schedule,
     weight_decay: float = 0.0,
     *,
+    momentum: float = 0.0,
     transform: optax.GradientTransformation | Faithful | None = None,
 ) -> Optimizer:
     """SGD on the weights: coefs = -lr_t g, decay = lr_t weight_decay (MeZO, arXiv 2305.17333, algorithm 1).
 
+    With momentum beta a matrix moves by an average of updates, N <- beta N + (1 - beta) sum_k coefs_k U_k, in the
+    factors of low-rank directions, which share V until it changes (LOZO-M, arXiv 2410.07698, algorithm 2). The updates
+    carry the learning rate of their own step. Vectors move as without it. It needs `zo2jax.Run`, which keeps N.
+
     Args:
         learning_rate: a number, or an optax schedule of the step (0, 1, ...).
         weight_decay: decoupled, of leaves with two or more dimensions.
+        momentum: beta, in [0, 1); 0 for none.
         transform: applied to g before the learning rate, for example ``optax.clip(10.0)``.
+
+    Raises:
+        ValueError: for a number out of range, or a transform that `check_faithful` refuses.
 
     >>> optimizer = sgd(optax.linear_schedule(1.0, 0.0, 2), weight_decay=0.5)
     >>> state = optimizer.init(1)
@@ -128,6 +140,8 @@ def sgd(
         raise ValueError(f"learning_rate is {learning_rate}, expected a finite number >= 0, such as 1e-6")
     if not 0 <= weight_decay < float("inf"):
         raise ValueError(f"weight_decay is {weight_decay}, expected a finite number >= 0, such as 0.1")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum is {momentum}, expected a number in [0, 1), such as 0.9")
     inner = check_faithful(transform if transform is not None else optax.identity())
 
     def init(count: int) -> SGDState:
@@ -140,7 +154,8 @@ def sgd(
         return -rate * scaled, rate * jnp.float32(weight_decay), SGDState(state.step + 1, inner_state)
 
     rate = "schedule" if callable(learning_rate) else learning_rate
-    return Optimizer(init, update, f"sgd({rate}, weight_decay={weight_decay})")
+    more = f", momentum={momentum}" if momentum else ""
+    return Optimizer(init, update, f"sgd({rate}, weight_decay={weight_decay}{more})", momentum)
 
 
 class MEAZOState(NamedTuple):

@@ -18,7 +18,7 @@ from zo2jax.directions import period_key, step_keys
 from zo2jax.estimators import Estimator
 from zo2jax.factored import BESIDE, shapes_beside, shapes_stored
 from zo2jax.metrics import Metrics, memory_peaks
-from zo2jax.mezo import Info, State, conclude, mezo
+from zo2jax.mezo import Info, State, begin, conclude
 from zo2jax.models.blocks import Source, forward, owned_shapes
 from zo2jax.models.hub import export
 from zo2jax.models.layers import Batch
@@ -103,7 +103,7 @@ class Run:
 
     Raises:
         ValueError: if the directory holds a run with another config, naming the keys; for a format or `residual`
-            rounding with directions for which matrices are not only read.
+            rounding with directions for which matrices are not only read; for momentum without low-rank ones.
         PermissionError: if the directory cannot be written.
 
     >>> import tempfile, zo2jax as zo
@@ -149,9 +149,13 @@ class Run:
             raise ValueError(
                 f"the format is {model.format}: products by codes are for zo2jax.lowrank, drop its compute"
             )
+        if optimizer.momentum and not estimator.direction.rank:
+            raise ValueError(
+                f"the optimizer is {optimizer.name}: momentum is in factors, expected zo2jax.lowrank with it"
+            )
         self._generated = loss if isinstance(loss, Generated) else None
         trained = bare if loss is None or isinstance(loss, Generated) else bare.with_loss(loss)
-        state = mezo(bare.loss, estimator, optimizer).init(shapes, key)._replace(params={})
+        state = begin(shapes, key, estimator, optimizer)._replace(params={})
         if config is None:
             config = {
                 "model": None if model.folder is None else str(model.folder.resolve()),
@@ -183,6 +187,7 @@ class Run:
             _step_keys(state.key, state.step, estimator.directions, estimator.direction),
             jnp.zeros(estimator.directions),
             jnp.zeros(()),
+            jnp.zeros(()) if optimizer.momentum else None,
         )
         self._update = self._nothing  # what the weights still lack: a step applies the update of the one before it
         self._done = int(self._state.step)
@@ -205,7 +210,7 @@ class Run:
             if last is not None and basis is not None:
                 kept = Source({name: partial(self._beside, last, name, layouts[name], rounding) for name in shapes})
             how = estimator.direction, rounding, plan, pages, basis, kept, model.format, estimator.directions
-            self._stream = Stream(trained.blocks, source, *how)
+            self._stream = Stream(trained.blocks, source, *how, momentum=optimizer.momentum > 0)
         except BaseException as error:
             self._snapshots.close()
             self._metrics.close()
@@ -363,8 +368,8 @@ class Run:
         return period_key(self._state.key, step, direction) if direction.read_only else None
 
     def _beside(self, step: int, name: str, layout: Layout, rounding: Rounding) -> Any:
-        directions = self._estimator.directions
-        like = shapes_beside(layout, self._estimator.direction, rounding, directions=directions)
+        more: Any = {"directions": self._estimator.directions, "momentum": self._optimizer.momentum > 0, "block": name}
+        like = shapes_beside(layout, self._estimator.direction, rounding, **more)
         return self._snapshots.block(step, name + BESIDE, like)
 
     def _fold(self) -> None:

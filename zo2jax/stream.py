@@ -53,6 +53,7 @@ class Stream(Mapping[str, Params]):
         directions: of a step.
         fixed: whether the matrices never change, as of a stream that is not trained, or whose V never changes. Then
             blocks of the disk tier are read from the model's own files, where these have them as pages need them.
+        momentum: whether updates of a low-rank direction have momentum.
 
     Raises:
         StoreError: if there is too little host memory, or no room on the disk; if the model's files have changed.
@@ -81,6 +82,7 @@ class Stream(Mapping[str, Params]):
         directions: int = 1,
         *,
         fixed: bool = False,
+        momentum: bool = False,
     ):
         """Reads the source into the stores."""
         self.blocks, self.plan = tuple(blocks), plan
@@ -102,7 +104,7 @@ class Stream(Mapping[str, Params]):
         self._sums: Accumulated | Listed | None = None
         if basis is not None:
             how = self.layouts, direction, rounding, basis
-            self._sums = Accumulated(*how) if direction.rank else Listed(*how, directions)
+            self._sums = Accumulated(*how, momentum) if direction.rank else Listed(*how, directions)
         self._visit = visits.train if self._sums is None else visits.read
         layouts = [*self.layouts.items(), *(() if self._sums is None else self._sums.masters.items())]
         host, disk = ([x.nbytes for name, x in layouts if self.tiers[name] == tier] for tier in ("host", "disk"))
@@ -154,7 +156,7 @@ class Stream(Mapping[str, Params]):
     def beside(self, name: str) -> Params:
         """A copy of what is beside a block's matrices, as `Accumulated.saved` or `Listed.saved` says, or {}."""
         self._check_whole()
-        return {} if self._sums is None else self._sums.saved(name, self._ids[self._number[name]][0])
+        return {} if self._sums is None else self._sums.saved(name)
 
     def __iter__(self) -> Any:
         """The names of the blocks, in order."""
@@ -180,11 +182,11 @@ class Stream(Mapping[str, Params]):
         self._begin_update(update)
         for i in range(len(self.blocks)):
             held, tied = self._take(i), self._tied(i)
-            (changed, self._rest[i]), carry = self._visit(
+            (changed, self._rest[i]), carry, done = self._visit(
                 self._stages[i], *held, tied, self._beside(i), self._ids[i], update, probes, carry, batch, **self._how
             )
             del held  # or the pages would stay until the next ones are there
-            self._put(i, self._changed(i, changed), carry)
+            self._put(i, self._changed(i, changed), done)
             del changed
         self._torn = False
         return carry
@@ -196,7 +198,7 @@ class Stream(Mapping[str, Params]):
         known: dict[Any, Any] = {}
         carry = None
         for i, stage in enumerate(self._stages):
-            if (came := (stage, _shapes(carry))) not in known:
+            if (came := (stage, _shapes((carry, self._beside(i))))) not in known:
                 pages = tuple(jax.ShapeDtypeStruct((n,), dtype) for dtype, n in stage.layout.pages)
                 rest = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._rest[i])
                 with warnings.catch_warnings():  # that a head's result cannot lie where its carry was

@@ -115,7 +115,7 @@ def _load(config: Config) -> Model:
     dtype = config.dtype or None
     try:
         model = load(config.model, dtype=dtype)
-        return model.with_format(config.make_format() or model.format)
+        return model.with_format(config.make_format(model.format))
     except FileNotFoundError:
         folder = Path(config.directory).expanduser() / "checkpoints"
         if not folder.is_dir():
@@ -125,7 +125,7 @@ def _load(config: Config) -> Model:
             if (step := snapshots.last) is None:
                 raise
             model = load(config.model, dtype=dtype or snapshots.dtype(step), weights=False)
-            return model.with_format(config.make_format() or model.format)
+            return model.with_format(config.make_format(model.format))
         finally:
             snapshots.close()
 
@@ -241,9 +241,9 @@ def trained_model(directory: str | Path, *, best: bool = False) -> tuple[int, Mo
     readers = {}
     for name, like in shapes.items():
         stored = shapes_stored(like, layouts[name], masters=direction.refresh is not None)
-        beside = None
-        if direction.read_only:
-            beside = shapes_beside(layouts[name], direction, config.make_rounding(), directions=count)
+        how = direction, config.make_rounding()
+        more: Any = {"directions": count, "momentum": config.momentum > 0, "block": name}
+        beside = shapes_beside(layouts[name], *how, **more) if direction.read_only else None
         readers[name] = partial(_read, folder, step, name, (stored, beside, like, layouts[name]), direction)
     return step, model.replace(Source(readers)).with_format(None)  # arrays, whatever the run kept
 

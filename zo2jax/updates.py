@@ -20,7 +20,7 @@ from pallas_kernels import bits
 from pallas_kernels.perturb import Probes, Terms
 from pallas_kernels.perturb import perturb as perturb_leaf
 from pallas_kernels.reference import decayed
-from zo2jax.directions import Direction, PyTree, expand, factors, is_trained, matrix_shape, normal
+from zo2jax.directions import Direction, PyTree, check_of_weights, expand, factors, is_trained, matrix_shape, normal
 
 _SMALL_LEAF = 1 << 20
 """Elements up to which equal leaves are moved together; see `_together`."""
@@ -42,6 +42,9 @@ class Update(NamedTuple):
     """float32 [K]."""
     decay: jax.Array
     """float32 [], the fraction of a weight that goes."""
+    fresh: jax.Array | None = None
+    """float32 [], of an optimizer with momentum beta: 1 - beta, the part of the momentum that is this update's. 0: no
+    update, which moves nothing, the momentum included."""
 
 
 @dataclass(frozen=True)
@@ -264,6 +267,8 @@ def move(
     leaves, treedef = jax.tree.flatten(params)
     if not leaves:
         return params, None if matrix is None else params
+    if direction.adapter is not None:  # nothing moves but adapters, which are elsewhere
+        return params, None if matrix is None else jax.tree.map(lambda w: _repeated(w, len(matrix)), params)
     terms, probes = by_leaf(leaf_ids, update, keys, matrix)
     moved = list(leaves)
     members = [w if probes is None or is_trained(w) else _repeated(w, probes.matrix.shape[1]) for w in leaves]
@@ -341,13 +346,20 @@ def apply_update(
     those of `zo2jax.directions.leaf_ids`. Integer leaves and keys are returned as they are, and leaves in host memory
     to host memory.
 
+    Raises:
+        ValueError: for an update of an optimizer with momentum, which is not in it; for `zo2jax.lora`.
+
     >>> from zo2jax.directions import leaf_ids
     >>> params = {"w": jnp.ones((2, 2))}
     >>> update = Update(jax.random.split(jax.random.key(0), 1), jnp.zeros(1), jnp.float32(0.25))
     >>> apply_update(params, update, leaf_ids(params))["w"].tolist()
     [[0.75, 0.75], [0.75, 0.75]]
     """
-    return move(params, leaf_ids, update, direction=direction, rounding=rounding)[0]
+    if update.fresh is not None:
+        raise ValueError(
+            "the update lacks its momentum, which zo2jax.Run keeps: expected an optimizer without momentum"
+        )
+    return move(params, leaf_ids, update, direction=check_of_weights(direction), rounding=rounding)[0]
 
 
 def perturb(
@@ -362,5 +374,5 @@ def perturb(
     >>> jnp.abs(probe["w"]).tolist()
     [[1.0, 1.0]]
     """
-    members = move(params, leaf_ids, None, keys, coefs[None], direction=direction)[1]
+    members = move(params, leaf_ids, None, keys, coefs[None], direction=check_of_weights(direction))[1]
     return jax.tree.map(lambda w: w[0], members)

@@ -94,7 +94,7 @@ def _members(
 ) -> tuple[Any, tuple[Any, Any]]:
     """``run(block, leaves, carried)`` for every member; what is carried comes and goes as [M, ...].
 
-    With it come the pages, or P of the matrices if those are only read, and the other leaves, after the update.
+    With it come the pages, or the `Sum` of each matrix if those are only read, and the other leaves, after the update.
     """
     rest, small = move(held[1], ids[1], update, *probes, **how)
     own, matrices = _matrices(stage, held, ids, update, probes, how)
@@ -120,11 +120,14 @@ def _train(
     stage: Stage, pages: Any, rest: Any, tied: Any, beside: ReadOnly | None, ids: Any, update: Update, probes: Any,
     carry: Any, batch: Batch, direction: Direction, rounding: Rounding,
 ) -> Any:  # fmt: skip
-    """One block of a training sweep: ((pages or sums, rest) after the update, the members' carries [M, ...])."""
+    """One block of a training sweep: ((pages or what is kept of them, rest) after the update, carries [M, ...], done).
+
+    ``done`` is a number that is there when the visit is over, and that no later visit is given.
+    """
     how = {"direction": direction, "rounding": rounding}
     run = lambda block, leaves, carry: block.apply(leaves, carry, batch)  # noqa: E731
     carry, held = _members(stage, (pages, rest, tied, beside), ids, update, probes, run, carry, how)
-    return held, carry
+    return held, carry, jnp.int32(0)
 
 
 train = jax.jit(_train, static_argnames=_STATIC, donate_argnames=("pages", "rest", "carry"))

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zo2jax.directions import matrix_shape
+from zo2jax.directions import Direction, matrix_shape
 from zo2jax.estimators import Estimator, two_point
 from zo2jax.models.blocks import block_of, kinds, owned_shapes
 from zo2jax.models.model import Model
-from zo2jax.pages import flat, layouts_of
+from zo2jax.pages import Layout, flat, layouts_of
 from zo2jax.plan.liveness import Needs, needs_of
 from zo2jax.plan.machine import Machine, measure_disk, measure_machine
 
@@ -296,9 +296,7 @@ class _Work:
         shapes = owned_shapes(model.blocks)
         layouts = layouts_of(model.blocks, model.format)
         vectors = sum(_nbytes(flat(shapes[name])[leaf]) for name, layout in layouts.items() for leaf in layout.rest)
-        rank = estimator.direction.rank
-        matrices = [place for layout in layouts.values() for _, place in layout.matrices]
-        vectors += sum(4 * rank * matrix_shape(place.shape)[0] for place in matrices)  # P, which stays too
+        vectors += _beside(layouts, estimator.direction)
         owners = {block_of(owner, shapes) for block in model.blocks for owner in block.aliases.values()}
         shaped = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), batch)
         known: dict[Any, tuple[Needs, Any]] = {}
@@ -311,7 +309,8 @@ class _Work:
             needs.append(one)
         sizes = {name: layout.nbytes for name, layout in layouts.items()}
         members, read_only = len(estimator.probes), estimator.direction.read_only
-        return cls(sizes, vectors, owners, needs, members, 1 if rank else members, prefetch, read_only)
+        copies = 1 if estimator.direction.rank else members
+        return cls(sizes, vectors, owners, needs, members, copies, prefetch, read_only)
 
     def budget(self, stays: Sequence[bool], limit: int | None) -> Budget:
         """What a step takes if these blocks stay on the device, with those that own shared leaves or have no pages."""
@@ -332,6 +331,17 @@ class _Work:
             operations=self.members * sum(n.operations for n in self.needs),
             read_only=self.read_only,
         )
+
+
+def _beside(layouts: Mapping[str, Layout], direction: Direction) -> int:
+    """Bytes of what low-rank updates add up to, P or an adapter, which stays on the device; without momentum."""
+    total = 0
+    for block, layout in layouts.items():
+        for name, place in layout.matrices:
+            if direction.rank and direction.adapts(f"{block}.{name}"):
+                rows, columns = matrix_shape(place.shape)
+                total += 4 * direction.rank * (rows if direction.adapter is None else rows + columns)
+    return total
 
 
 def _nbytes(shape: Any) -> int:
