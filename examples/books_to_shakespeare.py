@@ -13,7 +13,6 @@ the model is there already, it is taken as it is. A variant of your own is one m
 """
 
 import contextlib
-import inspect
 import json
 import re
 import tempfile
@@ -110,16 +109,15 @@ DENSE, LOWRANK, ADAMW = "dense, bf16", "low-rank, bf16", "AdamW"
 def variants() -> list[Variant]:
     """All of them."""
     lowrank = zo.lowrank(2, refresh=50)
-    rows = [
+    return [
         Variant("dense, float32", zo.normal, dtype="float32"),
         Variant(DENSE, zo.normal),
         Variant(LOWRANK, lowrank),
         Variant("low-rank, int8", lowrank, zo.int8()),
+        Variant("low-rank, int8 products", lowrank, zo.int8(compute="int8"), same=zo.int8()),
         Variant("low-rank, int4", lowrank, zo.int4(group=32)),
+        Variant("LoRA, bf16", zo.lora(8), rate=10.0),
     ]
-    if "compute" in inspect.signature(zo.int8).parameters:
-        rows.insert(4, Variant("low-rank, int8 products", lowrank, zo.int8(compute="int8"), same=zo.int8()))
-    return rows
 
 
 class Point(NamedTuple):

@@ -16,7 +16,7 @@ from pallas_kernels.implementations import choose
 from zo2jax.bench.process import machine, memory
 from zo2jax.bench.rates import disk_rate, floor_ms, sample
 from zo2jax.bench.shapes import SHAPES, Work, random_model
-from zo2jax.directions import lowrank, normal
+from zo2jax.directions import dense, lowrank
 from zo2jax.estimators import Estimator, two_point
 from zo2jax.formats import named
 from zo2jax.models.model import Model
@@ -31,7 +31,11 @@ MODES = ("dense", "factored")
 """How z is drawn: dense, a normal number for each weight; factored, of low rank, for weights that are only read."""
 
 _PERIOD = 7
-"""Steps between two folds while a factored step is timed; the figure is for the period that was asked for."""
+"""Steps between two folds while a factored step is timed; the figure is for the period that was asked for. Dense steps
+over codes take longer from one to the next, so that theirs is timed as it is."""
+
+_MOST_TERMS = 64
+"""Steps between two folds of dense directions over codes, each of which adds to the time of the next."""
 
 WARM_UPS = 3
 """Steps that are not timed, after the first."""
@@ -60,9 +64,10 @@ class Setting:
     rank: int = 2
     """Of directions in the factored mode."""
     refresh: int = 50
-    """Steps from one fold to the next, in the factored mode; 0: there is none, and matrices never change."""
+    """Steps from one fold to the next, in the factored mode or with a format; 0: there is none in the factored mode,
+    whose matrices never change then."""
     format: str | None = None
-    """Of the matrices: "int8" or "int4"; bfloat16 if None."""
+    """Of the matrices: "int8" or "int4"; bfloat16 if None. In the dense mode 4 to 16 steps to a fold are usual."""
     group: int | None = None
     """Columns that share a scale of codes."""
     compute: str = "bf16"
@@ -99,21 +104,24 @@ class Setting:
         ):
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"{name} is {value}, expected {least} or more")
-        if self.format is not None and self.mode != "factored":
-            raise ValueError(f"format is {self.format} in the mode {self.mode}: expected the mode factored")
+        if self.format is not None and self.mode == "dense" and not 0 < self.refresh <= _MOST_TERMS:
+            raise ValueError(f"refresh is {self.refresh} in the mode dense with a format: expected 1 to {_MOST_TERMS}")
         if self.directory is not None and not Path(self.directory).is_dir():
             raise ValueError(f"directory is {self.directory}, expected a folder that is there")
 
     @property
     def estimator(self) -> Estimator:
         """Two-point, in the setting's mode."""
-        refresh = _PERIOD if self.folds else None
-        return two_point(1e-3, direction=lowrank(self.rank, refresh=refresh) if self.mode == "factored" else normal)
+        if self.mode == "factored":
+            return two_point(1e-3, direction=lowrank(self.rank, refresh=self.period))
+        return two_point(1e-3, direction=dense("normal", refresh=self.period))
 
     @property
-    def folds(self) -> bool:
-        """Whether some steps take what is beside the matrices into them."""
-        return self.mode == "factored" and self.refresh > 0
+    def period(self) -> int | None:
+        """Steps from one fold to the next while the setting is timed; None if there are no folds."""
+        if self.mode == "factored":
+            return _PERIOD if self.refresh else None
+        return self.refresh if self.format else None
 
     @property
     def random_model(self) -> Model:
@@ -187,25 +195,29 @@ def measure(setting: Setting, rates: bool = True) -> dict[str, Any]:
         if setting.kernels:
             found["kernels"] = choose("perturb", None)
         found["first_step_s"] = timed_step(run, batch)
-        for _ in range(_PERIOD if setting.folds else WARM_UPS):  # with the first fold, whose program is compiled then
+        period = setting.period
+        for _ in range(period or WARM_UPS):  # with the first fold, whose program is compiled then
             timed_step(run, batch)
-        count = max(setting.steps, _PERIOD) if setting.folds else setting.steps
+        count = -(-setting.steps // period) * period if period else setting.steps
         found["times_ms"] = [timed_step(run, batch) * 1e3 for _ in range(count)]
         found |= memory()
     found |= _step_ms(found["times_ms"], setting)
-    found |= _moving(found["ms"], layouts, down=setting.mode == "dense")
+    found |= _moving(found["ms"], layouts, down=not setting.estimator.direction.read_only)
     found["tokens_per_s"] = setting.rows * setting.tokens / found["ms"] * 1e3
     return found | (_floors(setting, found["ms"], layouts, on_disk) if rates else {})
 
 
 def _step_ms(times: list[float], setting: Setting) -> dict[str, float]:
-    """The median step; a factored one on average over a period, with the fold that is a part of it."""
-    if not setting.folds:
+    """The median step; where there are folds, the step on average over a period, with the fold that is a part of it."""
+    period = setting.period
+    if period is None:
         return {"ms": statistics.median(times)}
-    folds = [(i + 1) % _PERIOD == 0 for i in range(len(times))]  # the first step and a period were before them
+    folds = [(i + 1) % period == 0 for i in range(len(times))]  # the first step and a period were before them
     plain, folding = (
-        statistics.median(t for t, f in zip(times, folds, strict=True) if f == of) for of in (False, True)
+        statistics.median([t for t, f in zip(times, folds, strict=True) if f == of] or times) for of in (False, True)
     )
+    if setting.mode == "dense":
+        return {"ms": statistics.mean(times), "plain_ms": plain, "fold_ms": folding - plain}
     return {"ms": plain + (folding - plain) / setting.refresh, "plain_ms": plain, "fold_ms": folding - plain}
 
 
@@ -232,9 +244,9 @@ def _floors(setting: Setting, ms: float, layouts: list[Layout], on_disk: list[La
     if pages := sample(layouts):
         rates = link_rates(pages, pinned=setting.pinned)
         found |= {f"link_{way}_gib_s": rate / 2**30 for way, rate in rates._asdict().items()}
-        read_only = setting.mode == "factored"
+        read_only = setting.estimator.direction.read_only
         found |= _against("link", ms, layouts, *((1, rates.up) if read_only else (2, rates.both)))
-    if (pages := sample(on_disk)) and setting.mode == "dense":
+    if (pages := sample(on_disk)) and not setting.estimator.direction.read_only:
         with tempfile.TemporaryDirectory(dir=setting.directory) as directory:
             rate = disk_rate(pages, Path(directory))
         found |= {"disk_both_gib_s": rate / 2**30} | _against("disk", ms, on_disk, 2, rate)
