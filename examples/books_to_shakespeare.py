@@ -37,7 +37,7 @@ import zo2jax as zo
 from zo2jax.formats import Format
 from zo2jax.models.hub import export
 from zo2jax.models.llama import LlamaConfig
-from zo2jax.run import mean_loss
+from zo2jax.objectives import mean_loss
 from zo2jax.tasks.text import HeldOut, TextBatches, TextData, load_text
 
 BEGINNING, END = r"\*\*\* ?START OF.*\*\*\*\n", r"\*\*\* ?END OF"

@@ -28,7 +28,7 @@ from zo2jax.models.hub import export
 from zo2jax.models.llama import LlamaConfig
 from zo2jax.models.opt import OptConfig
 from zo2jax.models.qwen3 import Qwen3Config
-from zo2jax.run import mean_loss
+from zo2jax.objectives import mean_loss
 from zo2jax.tasks.stdlib import docstrings
 from zo2jax.tasks.text import HeldOut, TextBatches, load_text
 

@@ -27,7 +27,7 @@ LAYERS = [
     {"masters"},
     {"accumulated", "listed"},
     {"stream", "objectives", "metrics"},
-    {"checkpoint", "run"},
+    {"checkpoint", "kept", "run"},
     {"tasks", "config"},
     {"train", "quantize"},
     {"demo", "bench"},

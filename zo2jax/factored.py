@@ -27,17 +27,13 @@ from pallas_kernels import bits
 from pallas_kernels.quantized import Codes
 from pallas_kernels.reference import decayed
 from zo2jax.directions import Direction, expand, factors, leaf_id, matrix_shape
-from zo2jax.formats import coded_shapes
 from zo2jax.models.blocks import Params, set_leaf
 from zo2jax.models.layers import product
 from zo2jax.models.quantized import cut, dense, rows_of, times
 from zo2jax.pages import Layout, Place, codes_in, encoded, flat
 from zo2jax.pending import merged as with_pending
-from zo2jax.pending import saved_pending, shapes_pending
-from zo2jax.updates import Rounding, Update, by_leaf, combined, folded, joined, residual
-
-BESIDE = ".beside"
-"""What a checkpoint adds to the name of a block, for what is beside its matrices."""
+from zo2jax.pending import saved_pending
+from zo2jax.updates import Update, by_leaf, combined, folded, joined
 
 
 class Basis(NamedTuple):
@@ -341,57 +337,3 @@ def merge(block: str, leaves: Params, beside: Params, shapes: Params, layout: La
             w = moved if isinstance(jax.tree.leaves(w)[0], jax.Array) else np.asarray(moved)
         set_leaf(out, name, w)
     return out
-
-
-def shapes_stored(shapes: Params, layout: Layout, *, masters: bool) -> Params:
-    """What `zo2jax.stream.Stream.stored` gives for leaves of these shapes, as ``jax.ShapeDtypeStruct``.
-
-    >>> from zo2jax.formats import int4
-    >>> shapes = {"w": jax.ShapeDtypeStruct((2, 4), jnp.bfloat16)}
-    >>> shapes_stored(shapes, Layout.of(shapes, int4()), masters=False)["w"]["codes"].shape
-    (2, 2)
-    """
-    out = jax.tree.map(lambda x: x, shapes)
-    for name, place in layout.matrices:
-        if place.scale is None:
-            continue
-        both = coded_shapes(place.shape, place.bits, place.group)
-        set_leaf(out, name, jax.ShapeDtypeStruct(place.shape, jnp.float32) if masters else both)
-    return out
-
-
-def shapes_beside(
-    layout: Layout,
-    direction: Direction,
-    rounding: Rounding,
-    *,
-    directions: int = 1,
-    momentum: bool = False,
-    block: str = "",
-) -> Params:
-    """What `zo2jax.stream.Stream.beside` gives of a block with this layout, as ``jax.ShapeDtypeStruct``.
-
-    ``directions`` are those of a step; ``block`` is its name, for the patterns of `zo2jax.lora`.
-
-    >>> from zo2jax.directions import lowrank
-    >>> from zo2jax.updates import nearest
-    >>> shapes_beside(Layout.of({"w": jnp.ones((2, 3)), "b": jnp.ones(2)}), lowrank(4), nearest)["v"]["w"].shape
-    (3, 4)
-    """
-    if not layout.matrices:
-        return {}
-    found: Params = {"gone": jax.ShapeDtypeStruct((), jnp.float32)}
-    if not direction.rank:
-        found = shapes_pending((direction.refresh or 1) * directions)
-    for name, place in layout.matrices if direction.rank else ():
-        if not direction.adapts(f"{block}.{name}"):
-            continue
-        rows, columns = matrix_shape(place.shape)
-        moving = rows if direction.adapter is None else rows + columns
-        for part, n in {"p": rows, "v": columns, **({"n": moving} if momentum else {})}.items():
-            like = jax.ShapeDtypeStruct((n, direction.rank), jnp.float32)
-            set_leaf(found.setdefault(part, {}), name, like)
-    for name, place in layout.masters(rounding == residual).matrices if direction.refresh is not None else ():
-        if dict(layout.matrices)[name].scale is None:
-            set_leaf(found.setdefault("low", {}), name, jax.ShapeDtypeStruct(place.shape, jnp.int16))
-    return found

@@ -1,6 +1,6 @@
 """Objectives without a gradient: what a zeroth-order step can train on all the same (arXiv 2305.17333, section 3.3)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,3 +63,26 @@ class Generated:
         scores = [self.score(text.strip(), golds) if golds else 0.0 for text, golds in pairs]
         losses = -np.asarray(scores, np.float32).reshape(members, -1)
         return jnp.asarray(losses.sum(axis=1)), jnp.full(members, sum(map(bool, answers)), jnp.float32)
+
+
+def mean_loss(loss_sum: Callable[[Any], tuple[Any, Any]], batches: Iterable[Any]) -> float:
+    """Sum of losses over sum of counts, in nats per token for language models; ``loss_sum(batch)`` gives both.
+
+    >>> mean_loss(lambda batch: (0.5 * batch, batch), [1.0, 2.0])
+    0.5
+    """
+    return ratio([loss_sum(jax.device_put(batch)) for batch in batches])
+
+
+def ratio(sums: Sequence[tuple[Any, Any]]) -> float:
+    """Sum of losses over sum of counts.
+
+    Raises:
+        ValueError: for no batches.
+
+    >>> ratio([(1.0, 2.0), (2.0, 2.0)])
+    0.75
+    """
+    if not sums:
+        raise ValueError("there are no batches to evaluate on")
+    return float(np.sum([float(s) for s, _ in sums]) / np.sum([float(n) for _, n in sums]))

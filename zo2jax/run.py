@@ -16,20 +16,19 @@ import numpy as np
 from zo2jax.checkpoint import Snapshots, write_once
 from zo2jax.directions import period_key, step_keys
 from zo2jax.estimators import Estimator
-from zo2jax.factored import BESIDE, shapes_beside, shapes_stored
+from zo2jax.kept import Kept
 from zo2jax.metrics import Metrics, memory_peaks
 from zo2jax.mezo import Info, State, begin, conclude
-from zo2jax.models.blocks import Source, forward, owned_shapes
+from zo2jax.models.blocks import forward, owned_shapes
 from zo2jax.models.hub import export
 from zo2jax.models.layers import Batch
 from zo2jax.models.model import Model
-from zo2jax.objectives import Generated
+from zo2jax.objectives import Generated, mean_loss, ratio
 from zo2jax.optimizers import Optimizer, as_optimizer
-from zo2jax.pages import Layout, layouts_of
 from zo2jax.plan import Plan
 from zo2jax.plan.machine import measure_link
 from zo2jax.stream import Stream
-from zo2jax.updates import Rounding, Update, residual, stochastic
+from zo2jax.updates import Rounding, Update, stochastic
 
 Loss = Callable[[Any, Batch], jax.Array] | Generated
 
@@ -139,33 +138,12 @@ class Run:
         optimizer = as_optimizer(optimizer)
         bare = model.replace({})  # what is kept, without the untrained weights
         shapes = owned_shapes(model.blocks)
-        for what, given in (("the format", model.format), ("rounding", rounding if rounding == residual else None)):
-            if given is not None and not estimator.direction.read_only:
-                raise ValueError(
-                    f"{what} is {given}, with the direction {estimator.direction}: expected zo2jax.lowrank, or "
-                    "zo2jax.dense with a refresh"
-                )
-        if model.format is not None and model.format.compute == "int8" and not estimator.direction.rank:
-            raise ValueError(
-                f"the format is {model.format}: products by codes are for zo2jax.lowrank, drop its compute"
-            )
-        if optimizer.momentum and not estimator.direction.rank:
-            raise ValueError(
-                f"the optimizer is {optimizer.name}: momentum is in factors, expected zo2jax.lowrank with it"
-            )
+        self._kept = Kept.of(model, estimator, optimizer, rounding)
         self._generated = loss if isinstance(loss, Generated) else None
         trained = bare if loss is None or isinstance(loss, Generated) else bare.with_loss(loss)
         state = begin(shapes, key, estimator, optimizer)._replace(params={})
         if config is None:
-            config = {
-                "model": None if model.folder is None else str(model.folder.resolve()),
-                "estimator": str(estimator),
-                "optimizer": optimizer.name,
-                "rounding": str(rounding),
-                **({} if model.format is None else {"format": str(model.format)}),
-                "loss": None if loss is None else getattr(loss, "__name__", str(loss)),
-                "key": jax.random.key_data(state.key).tolist(),
-            }
+            config = _described(model, estimator, optimizer, rounding, loss, state.key)
         self.directory = Path(directory).expanduser()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -177,9 +155,7 @@ class Run:
         source: Mapping[str, Any] = model.source
         if (last := self._snapshots.last) is not None:
             state = self._restored(state, last)
-            layouts, masters = layouts_of(model.blocks, model.format), estimator.direction.refresh is not None
-            like = {name: shapes_stored(x, layouts[name], masters=masters) for name, x in shapes.items()}
-            source = Source({name: partial(self._snapshots.block, last, name, like[name]) for name in shapes})
+            source = self._kept.source(self._snapshots, last)
         self._state = state
         self._matrix = jnp.asarray(estimator.probes)
         self._estimator, self._optimizer = estimator, optimizer
@@ -208,7 +184,7 @@ class Run:
             basis = self._basis(self._folded)
             kept = None
             if last is not None and basis is not None:
-                kept = Source({name: partial(self._beside, last, name, layouts[name], rounding) for name in shapes})
+                kept = self._kept.source_beside(self._snapshots, last)
             how = estimator.direction, rounding, plan, pages, basis, kept, model.format, estimator.directions
             self._stream = Stream(trained.blocks, source, *how, momentum=optimizer.momentum > 0)
         except BaseException as error:
@@ -299,7 +275,7 @@ class Run:
         else:
             visit = self._stream.visits(self._model.blocks)
             sums = [self._generated.sums(self._model, visit, batch) for batch in batches]
-            loss = _ratio([(total[0], count[0]) for total, count in sums])
+            loss = ratio([(total[0], count[0]) for total, count in sums])
         self._eval_loss = {self._done: loss}
         self._metrics.write({"step": self._done, "eval/loss": _number(loss)})
         return loss
@@ -319,9 +295,7 @@ class Run:
         self.flush()
         loss = self._eval_loss.get(self._done)
         metrics = {} if loss is None or not np.isfinite(loss) else {"eval/loss": loss}
-        blocks = ((name, self._stream.stored(name)) for name in self._stream)
-        beside = ((name + BESIDE, self._stream.beside(name)) for name in self._stream if self._basis(0) is not None)
-        self._snapshots.save(self._state, itertools.chain(blocks, beside), metrics)
+        self._snapshots.save(self._state, self._kept.entries(self._stream), metrics)
 
     def export(self, folder: str | Path) -> Path:
         """Writes the present weights as a Hugging Face folder; see `zo2jax.models.hub.export`."""
@@ -366,11 +340,6 @@ class Run:
         direction = self._estimator.direction
         step = jnp.uint32(period * (direction.refresh or 1))
         return period_key(self._state.key, step, direction) if direction.read_only else None
-
-    def _beside(self, step: int, name: str, layout: Layout, rounding: Rounding) -> Any:
-        more: Any = {"directions": self._estimator.directions, "momentum": self._optimizer.momentum > 0, "block": name}
-        like = shapes_beside(layout, self._estimator.direction, rounding, **more)
-        return self._snapshots.block(step, name + BESIDE, like)
 
     def _fold(self) -> None:
         """Where a period begins: takes the updates of the last one into matrices that were only read."""
@@ -429,23 +398,22 @@ def _conclude(
     return info, opt_state, step + 1
 
 
-def mean_loss(loss_sum: Callable[[Any], tuple[Any, Any]], batches: Iterable[Any]) -> float:
-    """Sum of losses over sum of counts, in nats per token for language models; ``loss_sum(batch)`` gives both.
-
-    >>> mean_loss(lambda batch: (0.5 * batch, batch), [1.0, 2.0])
-    0.5
-    """
-    return _ratio([loss_sum(jax.device_put(batch)) for batch in batches])
-
-
-def _ratio(sums: Sequence[tuple[Any, Any]]) -> float:
-    """Sum of losses over sum of counts."""
-    if not sums:
-        raise ValueError("there are no batches to evaluate on")
-    return float(np.sum([float(s) for s, _ in sums]) / np.sum([float(n) for _, n in sums]))
-
-
 def _tokens(batch: Any) -> int:
     """How many tokens a batch holds: the size of ``ids``, or of its first array."""
     leaf = batch["ids"] if isinstance(batch, Mapping) and "ids" in batch else jax.tree.leaves(batch)[0]
     return int(np.size(leaf))
+
+
+def _described(
+    model: Model, estimator: Estimator, optimizer: Optimizer, rounding: Rounding, loss: Loss | None, key: jax.Array
+) -> dict[str, Any]:
+    """The config of a run that was given none."""
+    return {
+        "model": None if model.folder is None else str(model.folder.resolve()),
+        "estimator": str(estimator),
+        "optimizer": optimizer.name,
+        "rounding": str(rounding),
+        **({} if model.format is None else {"format": str(model.format)}),
+        "loss": None if loss is None else getattr(loss, "__name__", str(loss)),
+        "key": jax.random.key_data(key).tolist(),
+    }

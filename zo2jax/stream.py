@@ -8,7 +8,6 @@ training visit applies the last step's update to a block, makes the probes of th
 by matrix, and takes all members of the population one block further.
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -193,24 +192,11 @@ class Stream(Mapping[str, Params]):
 
     def _compile(self, update: Update, probes: tuple[jax.Array, jax.Array], batch: Batch) -> None:
         """Compiles the visits of a sweep before it begins: XLA tries kernels out, and that memory is free then."""
-        if (shapes := _shapes((update, probes, batch))) in self._compiled:
-            return
-        known: dict[Any, Any] = {}
-        carry = None
-        for i, stage in enumerate(self._stages):
-            if (came := (stage, _shapes((carry, self._beside(i))))) not in known:
-                pages = tuple(jax.ShapeDtypeStruct((n,), dtype) for dtype, n in stage.layout.pages)
-                rest = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._rest[i])
-                with warnings.catch_warnings():  # that a head's result cannot lie where its carry was
-                    warnings.filterwarnings("ignore", "Some donated buffers were not usable")
-                    lowered = self._visit.lower(
-                        stage, pages, rest, self._tied(i), self._beside(i), self._ids[i], update, probes, carry, batch,
-                        **self._how,
-                    )  # fmt: skip
-                    lowered.compile()
-                known[came] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info[1])
-            carry = known[came]
-        self._compiled.add(shapes)
+        given = update, probes, batch
+        if (shapes := visits.shapes_of(given)) not in self._compiled:
+            held = [(self._rest[i], self._tied(i), self._beside(i), ids) for i, ids in enumerate(self._ids)]
+            visits.precompile(self._visit, self._stages, held, given, self._how)
+            self._compiled.add(shapes)
 
     def apply(self, update: Update) -> None:
         """Applies ``update`` to all blocks."""
@@ -413,8 +399,3 @@ class Stream(Mapping[str, Params]):
                 raise
             del self._leaving[i]
         jax.block_until_ready([x for x in self._last.pop(i, []) if not x.is_deleted()])
-
-
-def _shapes(tree: Any) -> Any:
-    """Structure, shapes and dtypes; hashable."""
-    return jax.tree.structure(tree), tuple((x.shape, x.dtype) for x in jax.tree.leaves(tree))

@@ -20,16 +20,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from zo2jax.checkpoint import Snapshots
 from zo2jax.config import Config, ConfigError, load_config
-from zo2jax.directions import Direction
-from zo2jax.factored import BESIDE, merge, shapes_beside, shapes_stored
+from zo2jax.kept import Kept
 from zo2jax.metrics import read_metrics, write_atomically
-from zo2jax.models.blocks import Params, Source, forward, owned_shapes
+from zo2jax.models.blocks import Params, Source, forward
 from zo2jax.models.hub import load
 from zo2jax.models.model import Model
-from zo2jax.objectives import Generated
-from zo2jax.pages import Layout, layouts_of
+from zo2jax.objectives import Generated, mean_loss
 from zo2jax.plan import Plan
-from zo2jax.run import Run, StepInfo, mean_loss
+from zo2jax.run import Run, StepInfo
 from zo2jax.stream import Stream
 from zo2jax.tasks.encoding import TaskBatches, TaskHeldOut
 from zo2jax.tasks.prepare import Prepared, prepare
@@ -235,30 +233,16 @@ def trained_model(directory: str | Path, *, best: bool = False) -> tuple[int, Mo
             raise FileNotFoundError(f"{directory} has no checkpoint{' with a held-out loss' if best else ''} yet")
     finally:
         snapshots.close()
-    shapes = owned_shapes(model.blocks)
-    estimator, layouts = config.make_estimator(), layouts_of(model.blocks, model.format)
-    direction, count = estimator.direction, estimator.directions
-    readers = {}
-    for name, like in shapes.items():
-        stored = shapes_stored(like, layouts[name], masters=direction.refresh is not None)
-        how = direction, config.make_rounding()
-        more: Any = {"directions": count, "momentum": config.momentum > 0, "block": name}
-        beside = shapes_beside(layouts[name], *how, **more) if direction.read_only else None
-        readers[name] = partial(_read, folder, step, name, (stored, beside, like, layouts[name]), direction)
+    kept = Kept.of(model, config.make_estimator(), config.make_optimizer(), config.make_rounding())
+    readers = {name: partial(_read, folder, step, kept, name) for name in kept.shapes}
     return step, model.replace(Source(readers)).with_format(None)  # arrays, whatever the run kept
 
 
-def _read(
-    folder: Path, step: int, name: str, like: tuple[Params, Params | None, Params, Layout], direction: Direction
-) -> Params:
+def _read(folder: Path, step: int, kept: Kept, name: str) -> Params:
     """A block of a checkpoint, with every update; its files are open no longer than that takes."""
     snapshots = Snapshots(folder / "checkpoints")
     try:
-        stored, beside, shapes, layout = like
-        leaves = snapshots.block(step, name, stored)
-        if beside is None:
-            return leaves
-        return merge(name, leaves, snapshots.block(step, name + BESIDE, beside), shapes, layout, direction)
+        return kept.arrays(snapshots, step, name)
     finally:
         snapshots.close()
 

@@ -1,5 +1,7 @@
 """The programs of a stream, compiled once for each kind of block: train, apply, forward without probes, generate."""
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -134,6 +136,39 @@ train = jax.jit(_train, static_argnames=_STATIC, donate_argnames=("pages", "rest
 """Of blocks whose pages take the update."""
 read = jax.jit(_train, static_argnames=_STATIC, donate_argnames=("rest", "carry"))
 """Of blocks whose pages are only read."""
+
+
+def precompile(visit: Any, stages: Sequence[Stage], held: Sequence[Any], given: Any, how: dict[str, Any]) -> None:
+    """Compiles a training sweep's visits, each kind once, without visiting.
+
+    Args:
+        visit: `train` or `read`.
+        stages: of the blocks.
+        held: (rest, tied, beside, ids) of each block.
+        given: (update, probes, batch).
+        how: direction and rounding.
+    """
+    known: dict[Any, Any] = {}
+    carry, (update, probes, batch) = None, given
+    for stage, (rest, tied, beside, ids) in zip(stages, held, strict=True):
+        if (came := (stage, shapes_of((carry, beside)))) not in known:
+            pages = tuple(jax.ShapeDtypeStruct((n,), dtype) for dtype, n in stage.layout.pages)
+            rest = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rest)
+            with warnings.catch_warnings():  # that a head's result cannot lie where its carry was
+                warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+                lowered = visit.lower(stage, pages, rest, tied, beside, ids, update, probes, carry, batch, **how)
+                lowered.compile()
+            known[came] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info[1])
+        carry = known[came]
+
+
+def shapes_of(tree: Any) -> Any:
+    """Structure, shapes and dtypes; hashable.
+
+    >>> shapes_of({"x": jnp.ones(2)}) == shapes_of({"x": jnp.zeros(2)})
+    True
+    """
+    return jax.tree.structure(tree), tuple((x.shape, x.dtype) for x in jax.tree.leaves(tree))
 
 
 @partial(jax.jit, static_argnames=_STATIC, donate_argnames=("pages", "rest"))

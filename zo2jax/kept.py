@@ -1,0 +1,130 @@
+"""What a run keeps of a model, block by block: in a stream, and in the same form in its checkpoints."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from zo2jax.checkpoint import Snapshots
+from zo2jax.directions import Direction, matrix_shape
+from zo2jax.estimators import Estimator
+from zo2jax.factored import merge
+from zo2jax.formats import coded_shapes
+from zo2jax.models.blocks import Params, Source, owned_shapes, set_leaf
+from zo2jax.models.model import Model
+from zo2jax.optimizers import Optimizer
+from zo2jax.pages import Layout, layouts_of
+from zo2jax.pending import shapes_pending
+from zo2jax.stream import Stream
+from zo2jax.updates import Rounding, residual
+
+_BESIDE = ".beside"
+"""What a checkpoint adds to the name of a block, for what is beside its matrices."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How a run keeps a model: the form of each block in its stream and in its checkpoints. Made by `Kept.of`.
+
+    >>> from zo2jax.models.llama import LlamaConfig
+    >>> from zo2jax import lowrank, sgd, two_point
+    >>> from zo2jax.updates import nearest
+    >>> config = LlamaConfig(vocabulary=8, size=8, hidden=8, layers=1, heads=2, kv_heads=1, head_size=4, context=16)
+    >>> model, estimator = config.init(jax.random.key(0)), two_point(1e-3, direction=lowrank(2))
+    >>> Kept.of(model, estimator, sgd(1e-3), nearest).beside("embed")["p"]["weight"].shape
+    (8, 2)
+    """
+
+    shapes: Mapping[str, Params]
+    """Of the leaves, by block, as ``jax.ShapeDtypeStruct``."""
+    layouts: Mapping[str, Layout]
+    direction: Direction
+    directions: int
+    """Of a step."""
+    rounding: Rounding
+    momentum: bool
+
+    @classmethod
+    def of(cls, model: Model, estimator: Estimator, optimizer: Optimizer, rounding: Rounding) -> "Kept":
+        """How a run with these keeps the model.
+
+        Raises:
+            ValueError: for what does not go together.
+        """
+        direction, format = estimator.direction, model.format
+        for what, given in (("the format", format), ("rounding", rounding if rounding == residual else None)):
+            if given is not None and not direction.read_only:
+                raise ValueError(
+                    f"{what} is {given}, with the direction {direction}: expected zo2jax.lowrank, or zo2jax.dense with "
+                    "a refresh"
+                )
+        if format is not None and format.compute == "int8" and not direction.rank:
+            raise ValueError(f"the format is {format}: products by codes are for zo2jax.lowrank, drop its compute")
+        if optimizer.momentum and not direction.rank:
+            raise ValueError(
+                f"the optimizer is {optimizer.name}: momentum is in factors, expected zo2jax.lowrank with it"
+            )
+        layouts = layouts_of(model.blocks, format)
+        of_run = direction, estimator.directions, rounding, optimizer.momentum > 0
+        return cls(owned_shapes(model.blocks), layouts, *of_run)
+
+    def stored(self, block: str) -> Params:
+        """What `zo2jax.stream.Stream.stored` gives of a block, as ``jax.ShapeDtypeStruct``."""
+        out = jax.tree.map(lambda x: x, self.shapes[block])
+        for name, place in self.layouts[block].matrices:
+            if place.scale is None:
+                continue
+            master = jax.ShapeDtypeStruct(place.shape, jnp.float32)
+            both = coded_shapes(place.shape, place.bits, place.group)
+            set_leaf(out, name, both if self.direction.refresh is None else master)
+        return out
+
+    def beside(self, block: str) -> Params:
+        """What `zo2jax.stream.Stream.beside` gives of a block, as ``jax.ShapeDtypeStruct``."""
+        layout, direction = self.layouts[block], self.direction
+        if not layout.matrices or not direction.read_only:
+            return {}
+        found: Params = {"gone": jax.ShapeDtypeStruct((), jnp.float32)}
+        if not direction.rank:
+            found = shapes_pending((direction.refresh or 1) * self.directions)
+        for name, place in layout.matrices if direction.rank else ():
+            if not direction.adapts(f"{block}.{name}"):
+                continue
+            rows, columns = matrix_shape(place.shape)
+            moving = rows if direction.adapter is None else rows + columns
+            for part, n in {"p": rows, "v": columns, **({"n": moving} if self.momentum else {})}.items():
+                like = jax.ShapeDtypeStruct((n, direction.rank), jnp.float32)
+                set_leaf(found.setdefault(part, {}), name, like)
+        masters = layout.masters(self.rounding == residual).matrices if direction.refresh is not None else ()
+        for name, place in masters:
+            if dict(layout.matrices)[name].scale is None:
+                set_leaf(found.setdefault("low", {}), name, jax.ShapeDtypeStruct(place.shape, jnp.int16))
+        return found
+
+    def source(self, snapshots: Snapshots, step: int) -> Source:
+        """The blocks of a checkpoint as a stream goes on from them; each is read when it is asked for."""
+        return Source({name: partial(self._stored, snapshots, step, name) for name in self.shapes})
+
+    def source_beside(self, snapshots: Snapshots, step: int) -> Source:
+        """What is beside the blocks of a checkpoint."""
+        return Source({name: partial(self._beside, snapshots, step, name) for name in self.shapes})
+
+    def arrays(self, snapshots: Snapshots, step: int, block: str) -> Params:
+        """The leaves of a block of a checkpoint as arrays, with every update."""
+        leaves, beside = (read(snapshots, step, block) for read in (self._stored, self._beside))
+        return merge(block, leaves, beside, self.shapes[block], self.layouts[block], self.direction)
+
+    def entries(self, stream: Stream) -> Iterator[tuple[str, Params]]:
+        """What a checkpoint holds of a run's stream, by name, made when it is asked for."""
+        for name in stream:
+            yield name, stream.stored(name)
+        for name in stream if self.direction.read_only else ():
+            yield name + _BESIDE, stream.beside(name)
+
+    def _stored(self, snapshots: Snapshots, step: int, block: str) -> Params:
+        return snapshots.block(step, block, self.stored(block))
+
+    def _beside(self, snapshots: Snapshots, step: int, block: str) -> Params:
+        return snapshots.block(step, block + _BESIDE, self.beside(block)) if self.direction.read_only else {}
