@@ -12,6 +12,7 @@ from test_stream import FAMILIES, PLANS, batches
 
 import zo2jax as zo
 from pallas_kernels.bits import cut12
+from pallas_kernels.quantized import decode, quantize
 from zo2jax import pages
 from zo2jax.directions import draw, leaf_id, lowrank
 from zo2jax.factored import Factored
@@ -192,6 +193,30 @@ def test_what_arrives_of_small_updates(rounding, arriving, noise):
     part = (moved * target).sum() / (target**2).sum()
     assert arriving[0] <= part <= arriving[1]
     assert np.sqrt(np.mean((moved - target) ** 2) / np.mean(target**2)) < noise
+
+
+def test_codes_follow_their_master():
+    """The same small updates into int8 codes: through a float32 master they arrive, and without one most do not."""
+    shape = (256, 192)
+    u, v = (RNG.normal(size=(n, 4)).astype(np.float32) / 2**0.5 for n in shape)
+    v = np.asarray(jax.lax.reduce_precision(v, 8, 7))
+    start = jnp.asarray(0.02 * RNG.normal(size=shape), jnp.float32)
+    target = 2000 * 2e-6 * (u.astype(np.float64) @ v.T)
+
+    @jax.jit
+    def fold(master, codes):
+        add = partial(folded, p=50 * 2e-6 * u, v=v)
+        return add(master), quantize(add(decode(codes, jnp.float32)), 8)
+
+    master, alone = start, quantize(start, 8)
+    before = np.asarray(decode(alone, jnp.float32), np.float64)
+    for _ in range(40):
+        master, alone = fold(master, alone)
+    through, without = (
+        ((np.asarray(decode(codes, jnp.float32)) - before) * target).sum() / (target**2).sum()
+        for codes in (quantize(master, 8), alone)
+    )
+    assert 0.99 < through < 1.01 and without < 0.5
 
 
 def test_residual_rounding_is_for_low_rank_directions(tmp_path):
