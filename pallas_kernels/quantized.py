@@ -25,6 +25,7 @@ plgpu: Any = mosaic_gpu  # untyped: kernels need more of it than the oldest jax 
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 _WARPS, _LANES = 4, 32
 _VECTORS_A_THREAD = 4  # loads that a thread has under way at once
+_PIECE = 4096  # columns of a row that are in registers at once, where they come twice
 _ROW_BYTES = 320 * _WARPS * _LANES  # of a row that is kept in registers, 80 of them
 
 
@@ -89,18 +90,20 @@ def decode(codes: Codes, dtype: Any, *, implementation: str | None = None) -> ja
     return _run(partial(_decode, plan, dtype, chosen == "interpret"), instead, implementation)(codes)
 
 
-def quantize_rows(x: jax.Array, *, implementation: str | None = None) -> Codes:
+def quantize_rows(x: jax.Array, *, members: int = 1, implementation: str | None = None) -> Codes:
     """int8 codes of activations [rows, n], one scale a row: (int8 [rows, n], float32 [rows, 1]).
 
-    As `quantize` with 8 bits, from one read of x.
+    As `quantize` with 8 bits, from one read of x. With ``members`` the rows are those of so many members, one after the
+    other, and what becomes codes of all but the first is their difference from it, x_m - x_0 in float32.
 
     Args:
         x: [rows, n] of float32, bfloat16 or float16.
-        implementation: as in `decode`. The kernel takes n in multiples of 128 up to 20480 (10240 in float32), which
-            is what the registers of a block hold.
+        members: a divisor of the rows.
+        implementation: as in `decode`. The kernel takes n in multiples of 128, for one member up to 20480 (10240 in
+            float32), which is what the registers of a block hold.
 
     Raises:
-        ValueError: for another dtype or number of axes.
+        ValueError: for another dtype or number of axes, or rows that are not those of so many members.
         NotImplementedError: if the implementation named does not apply, with the reason.
 
     >>> quantize_rows(jnp.array([[127.0, -1.4], [0.0, 0.0]]))
@@ -110,17 +113,19 @@ def quantize_rows(x: jax.Array, *, implementation: str | None = None) -> Codes:
     """
     _check_floats("quantize_rows", "x", x, "[rows, n]")
     rows, columns = x.shape
+    if members < 1 or rows % members:
+        raise ValueError(f"quantize_rows of x{list(x.shape)} of {members} members: expected a divisor of the rows")
     limit = None
-    if columns % (_WARPS * _LANES) or columns * x.dtype.itemsize > _ROW_BYTES:
+    if columns % (_WARPS * _LANES) or (members == 1 and columns * x.dtype.itemsize > _ROW_BYTES):
         most = _ROW_BYTES // x.dtype.itemsize
         limit = f"x{list(x.shape)} of {x.dtype}: the kernel takes rows of a multiple of 128 elements up to {most}"
     elif not rows or x.size >= 1 << 31:
         limit = f"x{list(x.shape)}: the kernel takes 1 to 2**31 - 1 elements"
     chosen = choose("quantize_rows", implementation, limit)
     if chosen == "xla":
-        return reference.quantize_rows(x)
-    launch = partial(_quantize_rows, chosen == "interpret")
-    return Codes(*_run(launch, lambda x: tuple(reference.quantize_rows(x)), implementation)(x))
+        return reference.quantize_rows(x, members)
+    launch = partial(_quantize_rows, chosen == "interpret", members)
+    return Codes(*_run(launch, lambda x: tuple(reference.quantize_rows(x, members)), implementation)(x))
 
 
 def matmul_int8(
@@ -303,21 +308,48 @@ def _decode_body(plan: _Plan, codes: Any, scale: Any, out: Any) -> None:
         out[rows, half, groups, columns] = (code * factor).astype(out.dtype)
 
 
-@partial(jax.jit, static_argnums=0)
-def _quantize_rows(interpret: bool, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+@partial(jax.jit, static_argnums=(0, 1))
+def _quantize_rows(interpret: bool, members: int, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     codes, scale = jax.ShapeDtypeStruct(x.shape, jnp.int8), jax.ShapeDtypeStruct((x.shape[0], 1), jnp.float32)
     # By default a number cannot be reinterpreted as an integer (only arrays can), which `reciprocal` needs.
     lanes = {"lowering_semantics": plgpu.LoweringSemantics.Lane}
-    return _kernel(_quantize_rows_body, (codes, scale), x.shape[0], interpret=interpret, **lanes)(x)
+    body = _quantize_rows_body if members == 1 else partial(_quantize_members_body, x.shape[0] // members)
+    return _kernel(body, (codes, scale), x.shape[0], interpret=interpret, **lanes)(x)
 
 
 def _quantize_rows_body(x: Any, codes: Any, scale: Any) -> None:
     """One program: a row. The maximum is found in the row's own dtype, in which it is exact."""
     row, columns = lax.axis_index("program"), x.shape[1]
-    vector = min(math.gcd(columns // (_WARPS * _LANES), 8), 16 // x.dtype.itemsize)
-    values = plgpu.load(x.at[row], layout=plgpu.Layout.WG_STRIDED((columns,), vec_size=vector), optimized=False)
+    values = _load_of_row(x, row, 0, columns)
     absmax = jnp.max(jnp.abs(values)).astype(jnp.float32)
     of_row, inverse = reference.scale_of(absmax, QMAX[8])
     code = reference.code_of(values.astype(jnp.float32), lax.broadcast_in_dim(inverse, (columns,), ()), QMAX[8])
     codes[row] = code.astype(jnp.int8)
     scale[row, 0] = of_row
+
+
+def _quantize_members_body(rows: int, x: Any, codes: Any, scale: Any) -> None:
+    """One program: a row, without that of the first member if it is of another. Reads both twice, in pieces."""
+    row, columns = lax.axis_index("program"), x.shape[1]
+    first, kept = lax.rem(row, np.int32(rows)), jnp.where(row < rows, np.float32(0), np.float32(1))
+    piece = next(n for n in range(min(columns, _PIECE), 0, -_WARPS * _LANES) if columns % n == 0)
+
+    def part(start: int) -> jax.Array:
+        own, other = (_load_of_row(x, r, start, piece).astype(jnp.float32) for r in (row, first))
+        return own - other * lax.broadcast_in_dim(kept, (piece,), ())
+
+    starts = range(0, columns, piece)
+    absmax = jnp.max(jnp.abs(part(0)))
+    for start in starts[1:]:
+        absmax = jnp.maximum(absmax, jnp.max(jnp.abs(part(start))))
+    of_row, inverse = reference.scale_of(absmax, QMAX[8])
+    for start in starts:
+        code = reference.code_of(part(start), lax.broadcast_in_dim(inverse, (piece,), ()), QMAX[8])
+        codes[row, pl.ds(start, piece)] = code.astype(jnp.int8)
+    scale[row, 0] = of_row
+
+
+def _load_of_row(x: Any, row: Any, start: int, count: int) -> jax.Array:
+    vector = min(math.gcd(count // (_WARPS * _LANES), 8), 16 // x.dtype.itemsize)
+    layout = plgpu.Layout.WG_STRIDED((count,), vec_size=vector)
+    return plgpu.load(x.at[row, pl.ds(start, count)], layout=layout, optimized=False)

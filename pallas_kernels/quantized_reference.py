@@ -171,12 +171,18 @@ def decode(codes: Codes, dtype: Any) -> jax.Array:
     return (values * codes.scale[:, :, None]).astype(dtype).reshape(rows, columns)
 
 
-def quantize_rows(x: jax.Array) -> Codes:
-    """int8 codes of activations [rows, n], with one scale for each row.
+def quantize_rows(x: jax.Array, members: int = 1) -> Codes:
+    """int8 codes of activations [rows, n], with one scale for each row; see `pallas_kernels.quantized.quantize_rows`.
 
     >>> quantize_rows(jnp.array([[127.0, -1.4]])).codes.tolist()
     [[127, -1]]
+    >>> quantize_rows(jnp.array([[127.0, -1.4], [127.0, -1.3]]), 2).codes.tolist()
+    [[127, -1], [0, 127]]
     """
+    if members > 1:
+        wide = x.astype(jnp.float32).reshape(members, -1, x.shape[1])
+        later = lax.broadcasted_iota(jnp.int32, wide.shape, 0) > 0  # elementwise, not joined: XLA fuses it
+        x = jnp.where(later, wide - wide[:1], wide).reshape(x.shape)
     return quantize(x, 8, x.shape[1])
 
 

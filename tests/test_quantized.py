@@ -75,7 +75,7 @@ def expected_matrix(codes, dtype):
 
 quantize = jax.jit(q.quantize, static_argnums=(1, 2))
 decode = jax.jit(q.decode, static_argnums=1, static_argnames="implementation")
-quantize_rows = jax.jit(q.quantize_rows, static_argnames="implementation")
+quantize_rows = jax.jit(q.quantize_rows, static_argnames=("members", "implementation"))
 
 
 @pytest.mark.parametrize(
@@ -326,6 +326,18 @@ def test_rows_against_float64(implementation, shape, dtype):
     np.testing.assert_array_equal(np.asarray(rows.scale), scale)
 
 
+@each_implementation
+@pytest.mark.parametrize(("members", "shape", "dtype"), [(2, (4, 384), jnp.bfloat16), (3, (3, 8192), jnp.float32)])
+def test_members_are_their_difference_from_the_first(implementation, members, shape, dtype):
+    first = weights((1, shape[0] // members, shape[1])).astype(np.float32)
+    x = (first + 1e-3 * weights((members, *first.shape[1:])).astype(np.float32)).astype(dtype)
+    apart = x.astype(jnp.float32).at[1:].add(-x[0].astype(jnp.float32))
+    rows = quantize_rows(x.reshape(shape), members=members, implementation=implementation)
+    values, scale = expected_codes(apart.reshape(shape), 8, None)
+    np.testing.assert_array_equal(np.asarray(rows.codes), values)
+    np.testing.assert_array_equal(np.asarray(rows.scale), scale)
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype", "reason"),
     [
@@ -416,6 +428,7 @@ W, X8, S8 = jnp.zeros((4, 6)), jnp.zeros((4, 6), jnp.int8), jnp.ones((4, 1))
         (lambda: q.quantize(X8, 8), r"w int8\[4, 6\]: expected \[n_out, n_in\] of float32"),
         (lambda: q.quantize(jnp.zeros((2, 4, 6)), 8), r"w float32\[2, 4, 6\]: expected \[n_out, n_in\]"),
         (lambda: q.quantize(jnp.zeros((4, 0)), 8), "at least one column"),
+        (lambda: q.quantize_rows(jnp.zeros((3, 8)), members=2), r"x\[3, 8\] of 2 members: expected a divisor"),
         (lambda: q.quantize_rows(jnp.zeros(6)), r"x float32\[6\]: expected \[rows, n\]"),
         (lambda: q.decode(Codes(X8, S8), jnp.int8), "to int8: expected float32, bfloat16 or float16"),
         (lambda: q.decode(Codes(W, S8), jnp.float32), r"codes float32\[4, 6\] with scale float32\[4, 1\]: expected"),
@@ -489,6 +502,13 @@ def test_decoding_lowers_for_cuda(monkeypatch, matrix, dtype):
 def test_rows_lower_for_cuda(monkeypatch, dtype, shape):
     text = lowered(monkeypatch, partial(q.quantize_rows, implementation="mosaic"), jnp.zeros(shape, dtype))
     assert text.count("mosaic_gpu") >= 1
+
+
+@NEEDS_KERNELS
+@pytest.mark.parametrize("columns", [384, 20480])
+def test_rows_of_members_lower_for_cuda(monkeypatch, columns):
+    function = partial(q.quantize_rows, members=2, implementation="mosaic")
+    assert lowered(monkeypatch, function, jnp.zeros((4, columns), jnp.bfloat16)).count("mosaic_gpu") >= 1
 
 
 @NEEDS_KERNELS
