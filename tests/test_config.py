@@ -64,7 +64,7 @@ def test_dense_directions_have_a_refresh_with_a_format():
         ("prefetch=-1", "prefetch=-1: expected an integer of at least 0"),
         ("alpha=-1", "alpha=-1.0: expected a finite number of at least 0"),
         ("momentum=1", r"momentum=1\.0: expected a number of at least 0 and below 1"),
-        ("momentum=0.9", r"momentum=0\.9, direction=normal: expected direction=lowrank with it"),
+        ("momentum=0.9", r"momentum=0\.9, direction=normal: expected direction=lowrank"),
     ],
 )
 def test_bad_overrides(override, message):
