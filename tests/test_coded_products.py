@@ -36,24 +36,18 @@ def test_members_share_the_error_of_the_first(rows, n_in, n_out):
 
 
 def test_projected_gradients_in_int8_are_those_of_the_decoded_codes(tmp_path):
-    """And tiers change no bit."""
-    config = LlamaConfig(vocabulary=97, size=32, hidden=56, layers=2, heads=4, kv_heads=2, head_size=8, context=32)
+    config = LlamaConfig(vocabulary=97, size=32, hidden=56, layers=1, heads=4, kv_heads=2, head_size=8, context=32)
     model = config.init(jax.random.key(0))
-    ids = RNG.integers(0, 97, (12, 4, 24)).astype(np.int32)
-    estimator, found = zo.two_point(1e-3, direction=zo.lowrank(2, refresh=5)), []
-    plans = {"exact": zo.Plan(), "int8": zo.Plan(), "host": zo.Plan({b.name: "host" for b in model.blocks})}
-    for name, plan in plans.items():
-        coded = model.with_format(zo.int8(compute="bf16" if name == "exact" else "int8"))
-        options = {"directory": tmp_path / name, "key": jax.random.key(1), "plan": plan}
-        with zo.Run(coded, estimator, zo.sgd(1e-4), **options) as run:
+    ids = RNG.integers(0, 97, (8, 4, 24)).astype(np.int32)
+    estimator, found = zo.two_point(1e-3, direction=zo.lowrank(2, refresh=None)), []
+    for compute in ("bf16", "int8"):
+        coded = model.with_format(zo.int8(compute=compute))
+        with zo.Run(coded, estimator, zo.sgd(0.0), directory=tmp_path / compute, key=jax.random.key(1)) as run:
             infos = [run.step({"ids": x, "targets": np.roll(x, -1, 1)}) for x in ids]
-            gradients = np.array([float(info.projected_gradient[0]) for info in infos])
-            found.append((gradients, float(infos[0].loss), jax.tree.map(np.asarray, run.state.params)))
-    (exact, loss, _), (coded, coded_loss, weights), (streamed, _, streamed_weights) = found
+            found.append(([float(info.projected_gradient[0]) for info in infos], float(infos[0].loss)))
+    (exact, loss), (gradients, coded_loss) = found
     assert abs(coded_loss / loss - 1) < 2e-3 and coded_loss != loss
-    assert np.corrcoef(exact, coded)[0, 1] > 0.99
-    np.testing.assert_array_equal(coded, streamed)
-    jax.tree.map(np.testing.assert_array_equal, weights, streamed_weights)
+    assert np.corrcoef(exact, gradients)[0, 1] > 0.99
 
 
 @pytest.mark.parametrize(

@@ -249,7 +249,7 @@ def decoded(leaves, format, block):
     ("name", "refresh", "plan"),
     [
         ("int8", 5, "mixed"),
-        ("int4", None, "host"),
+        pytest.param("int4", None, "host", marks=pytest.mark.slow),
         pytest.param("int8 by group", None, "disk", marks=pytest.mark.slow),
     ],
 )

@@ -163,7 +163,10 @@ def test_tiers_change_no_weights_and_no_evaluation(arguments, tmp_path, capsys, 
 
 
 @pytest.mark.usefixtures("unoptimized")
-@pytest.mark.parametrize(("format", "direction"), [("", "lowrank"), ("int8", "lowrank"), ("int8", "rademacher")])
+@pytest.mark.parametrize(
+    ("format", "direction"),
+    [pytest.param("", "lowrank", marks=pytest.mark.slow), ("int8", "lowrank"), ("int8", "rademacher")],
+)
 def test_a_run_that_only_reads_is_evaluated_as_it_was_while_it_ran(arguments, tmp_path, capsys, format, direction):
     """Within a period, from its checkpoint alone and from its export."""
     how = [f"format={format}", f"direction={direction}", "refresh=3", "dtype=bfloat16", "learning_rate=0.01"]
