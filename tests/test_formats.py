@@ -9,7 +9,7 @@ import pytest
 
 import zo2jax as zo
 from pallas_kernels.quantized import decode, quantize
-from zo2jax import cli
+from zo2jax import cli, formats
 from zo2jax.formats import from_json
 from zo2jax.models.gpt2 import Gpt2Config
 from zo2jax.models.hub import export
@@ -28,6 +28,18 @@ def folder(request, tmp_path_factory):
     configs = {"gpt2": lambda: Gpt2Config(**shape), "llama": lambda: LlamaConfig(**shape, kv_heads=2, head_size=8)}
     model = configs[request.param]().init(jax.random.key(2), jnp.bfloat16)
     return export(model, tmp_path_factory.mktemp("models") / "plain")
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, 24), (4, 8)])
+def test_matrices_in_host_memory_are_encoded_by_pieces(bits, group, monkeypatch):
+    """To the same bits: no more than a piece of them is on the device."""
+    w = np.random.default_rng(3).normal(size=(37, 24)).astype(np.float32)
+    whole = formats.encode(jnp.asarray(w), bits, group)
+    monkeypatch.setattr(formats, "_PIECE", 100)
+    codes = formats.encode(w, bits, group)
+    assert all(isinstance(part, np.ndarray) for part in codes)
+    jax.tree.map(np.testing.assert_array_equal, codes, whole)
+    np.testing.assert_array_equal(formats.decoded(codes), formats.decoded(whole))
 
 
 def leaves(model):

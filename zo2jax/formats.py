@@ -174,11 +174,35 @@ def _encode(w: jax.Array, bits: int, group: int) -> Codes:
     return quantize(w, bits, group)
 
 
+_PIECE = 1 << 24
+"""Weights of a matrix in host memory that are on the device at a time, in whole rows."""
+
+
 def encode(matrix: Any, bits: int, group: int) -> Codes:
-    """The codes of a matrix: on the device, or as NumPy arrays like the matrix.
+    """The codes of a matrix: on the device, or as NumPy arrays like the matrix, some rows at a time.
 
     >>> encode(np.ones((2, 4), np.float32), 4, 4).codes.tolist()
     [[119, 119], [119, 119]]
     """
-    codes = _encode(jnp.asarray(matrix), bits, group)
-    return codes if isinstance(matrix, jax.Array) else jax.tree.map(np.asarray, codes)
+    if isinstance(matrix, jax.Array):
+        return _encode(matrix, bits, group)
+    pieces = [_encode(jnp.asarray(matrix[rows]), bits, group) for rows in _rows(*matrix.shape)]
+    joined: list[Any] = [np.concatenate([np.asarray(x) for x in parts]) for parts in zip(*pieces, strict=True)]
+    return Codes(*joined)
+
+
+def decoded(codes: Codes) -> Any:
+    """What codes stand for, in float32: on the device, or as a NumPy array like the codes, some rows at a time.
+
+    >>> decoded(encode(np.ones((1, 2), np.float32), 8, 2)).tolist()
+    [[1.0, 1.0]]
+    """
+    if isinstance(codes.codes, jax.Array):
+        return decode(codes, jnp.float32)
+    pieces = (Codes(*(jnp.asarray(x[rows]) for x in codes)) for rows in _rows(*codes.shape))
+    return np.concatenate([np.asarray(decode(piece, jnp.float32)) for piece in pieces])
+
+
+def _rows(rows: int, columns: int) -> list[slice]:
+    count = max(1, _PIECE // columns)
+    return [slice(start, start + count) for start in range(0, rows, count)]

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.quantized import decode
 from zo2jax.directions import Direction
 from zo2jax.folding import Addend, fold
+from zo2jax.formats import decoded
 from zo2jax.models.blocks import Params, set_leaf
 from zo2jax.pages import Layout, codes_in, flat
 from zo2jax.pending import Terms
@@ -56,7 +56,7 @@ class Masters:
             elif leaf in leaves:
                 found[leaf] = leaves[leaf]
             else:  # of a folder of codes
-                found[leaf] = decode(jax.tree.map(jnp.asarray, codes_in(leaves, leaf)), jnp.float32)
+                found[leaf] = decoded(codes_in(leaves, leaf))
         self._stores[name] = keep(f"{name}.masters", masters, found)
 
     def go_on(self, name: str, kept: Params) -> None:

@@ -92,7 +92,8 @@ def random_model(
     made, one_at_a_time = dict[tuple[str, Format | None], Params](), Lock()
 
     def make(name: str, format: Format | None) -> Params:
-        leaves = jax.tree.map(np.array, model.source[name])
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):  # the device's peak is that of what is measured
+            leaves = jax.tree.map(np.array, model.source[name])
         return leaves if format is None else _coded(name, leaves, format)
 
     def read(name: str, format: Format | None) -> Params:
