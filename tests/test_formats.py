@@ -91,6 +91,26 @@ def test_a_stream_takes_the_codes_of_a_folder_as_they_are(folder, tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["llama"], indirect=True)
+def test_codes_of_a_folder_become_those_of_another_format(folder, tmp_path):
+    """By way of what they stand for; another kind of products leaves them as they are."""
+    made = zo.load(export(zo.load(folder).with_format(zo.int8()), tmp_path / "codes"))
+    plain, name = made.source["layers.0.mlp"], "down.weight"
+    for format in (zo.int4(group=16), zo.int8(compute="int8")):
+        model = made.with_format(format)
+        stream = Stream(model.blocks, model.source, zo.normal, zo.stochastic, Plan(), format=format)
+        codes = flat(stream.stored("layers.0.mlp"))
+        w = flat(plain)[name]
+        expected = formats.encode(jnp.asarray(w), format.bits, format.group_of(f"layers.0.mlp.{name}", w.shape))
+        if format.bits == 4:
+            np.testing.assert_array_equal(codes[f"{name}.codes"], expected.codes)
+        else:
+            np.testing.assert_array_equal(
+                codes[f"{name}.codes"], flat(made.source.coded("layers.0.mlp"))[f"{name}.codes"]
+            )
+        stream.close()
+
+
+@pytest.mark.parametrize("folder", ["llama"], indirect=True)
 def test_a_run_of_a_folder_of_codes(folder, tmp_path):
     """Its masters begin as what the codes stand for, so that the first fold makes the same codes again."""
     made = export(zo.load(folder).with_format(zo.int8()), tmp_path / "codes")

@@ -136,6 +136,15 @@ class Source(Mapping[str, Params]):
         """Reads one block, in which codes are as they are."""
         return self._codes[block]()
 
+    def decoded(self) -> "Source":
+        """The same, of which only arrays are known, and not how files keep them.
+
+        >>> source = Source({"norm": lambda: {"w": 2.0}}, codes={"norm": lambda: {"w": {"codes": 1, "scale": 2.0}}})
+        >>> source.coded("norm"), source.decoded().coded("norm")
+        ({'w': {'codes': 1, 'scale': 2.0}}, {'w': 2.0})
+        """
+        return Source(self._readers, concurrent=self.concurrent)
+
     def extents(self, block: str) -> Mapping[str, Extent]:
         """Where leaves of a block lie in files, by dotted name; reads nothing."""
         return self._extents.get(block, {})

@@ -15,6 +15,7 @@ from zo2jax.models.blocks import (
     Block,
     LossOfOutputs,
     Params,
+    Source,
     Stream,
     Visit,
     forward,
@@ -75,8 +76,14 @@ class Model:
         return replace(self, source=source)
 
     def with_format(self, format: Format | None) -> "Model":
-        """The same model, whose matrices a run keeps in a format such as ``zo2jax.int8()``; nothing is read yet."""
-        return replace(self, format=format)
+        """The same model, whose matrices a run keeps in a format such as ``zo2jax.int8()``; nothing is read yet.
+
+        The codes of a folder become those of another format by way of what they stand for.
+        """
+        source, own = self.source, self.format
+        if isinstance(source, Source) and own is not None and format is not None:
+            source = source if replace(format, compute=own.compute) == own else source.decoded()
+        return replace(self, format=format, source=source)
 
     def with_loss(self, loss: Callable[[Any, Batch], jax.Array]) -> "Model":
         """The same model with another loss: ``loss(what the head gives, batch) -> float32 [examples]``.
