@@ -1,5 +1,7 @@
 """Adapters beside matrices that stay as they are, against an explicit computation in float64."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +35,11 @@ def weights(run):
     return {block: jax.tree.map(np.asarray, run.model.params[block]) for block in run.model.params}
 
 
+@partial(jax.jit, static_argnums=2)
+def drawn(key, ident, rows):
+    return draw(normal_pair, fold(key, ident), jnp.arange(rows, dtype=jnp.uint32), RANK)
+
+
 class Explicit:
     """A and B of each matrix in NumPy float64, and the model with W + alpha / rank B A of them."""
 
@@ -49,8 +56,7 @@ class Explicit:
 
     @staticmethod
     def noise(key, name, rows):
-        key = fold(key, jnp.uint32(leaf_id(name)))
-        return np.asarray(draw(normal_pair, key, jnp.arange(rows, dtype=jnp.uint32), RANK), np.float64)
+        return np.asarray(drawn(key, np.uint32(leaf_id(name)), rows), np.float64)
 
     def moved(self, keys, coefs, decay=0.0):
         """B and A^T after a step; z of the one lies above that of the other."""
