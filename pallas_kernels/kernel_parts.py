@@ -1,4 +1,4 @@
-"""What kernels that draw noise share: z by the GPU's functions, values of a group side by side, members written."""
+"""What kernels share: checks of arguments, z by the GPU's functions, values of a group side by side, members."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,7 +10,10 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import bits
+from pallas_kernels.reference import Probes
 
+FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
+"""What arrays may be."""
 _log2: Any = getattr(lax, "log2", None)  # untyped: the oldest jax supported lacks it
 _TOGETHER = 8  # probes whose sums over several directions are kept in registers at once
 
@@ -35,6 +38,30 @@ def _snap_by_adding(x: jax.Array, grid: float) -> jax.Array:
 
 
 _BY_HARDWARE: dict[bits.WordMap, bits.WordMap] = {bits.normal_pair: _normal_by_hardware}
+
+
+def check_dtype(operation: str, dtype: Any) -> None:
+    """Raises ValueError for a dtype that results cannot have.
+
+    >>> check_dtype("decode", jnp.int8)
+    Traceback (most recent call last):
+    ValueError: decode to int8: expected float32, bfloat16 or float16; cast the result
+    """
+    if jnp.dtype(dtype) not in FLOATS:
+        raise ValueError(f"{operation} to {jnp.dtype(dtype)}: expected float32, bfloat16 or float16; cast the result")
+
+
+def check_probes(whose: str, probes: Probes) -> None:
+    """Raises ValueError for probes whose parts do not fit one another.
+
+    >>> check_probes("probes have", Probes(jnp.zeros((1, 2), jnp.uint32), jnp.ones((2, 3))))
+    Traceback (most recent call last):
+    ValueError: probes have keys[1, 2], matrix[2, 3]: expected [K, 2], [M, K], neither of them empty
+    """
+    members, directions = probes.matrix.shape if probes.matrix.ndim == 2 else (0, 0)
+    if not members or not directions or probes.keys.shape != (directions, 2):
+        found = f"keys{list(probes.keys.shape)}, matrix{list(probes.matrix.shape)}"
+        raise ValueError(f"{whose} {found}: expected [K, 2], [M, K], neither of them empty")
 
 
 def word_map(pair: bits.WordMap, implementation: str) -> bits.WordMap:

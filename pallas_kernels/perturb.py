@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu
 
 from pallas_kernels import bits, reference
 from pallas_kernels.implementations import apart, choose
-from pallas_kernels.kernel_parts import by_lane, word_map, write_members
+from pallas_kernels.kernel_parts import FLOATS, by_lane, check_probes, word_map, write_members
 from pallas_kernels.reference import Address, Probes, Rounding, Shard, Terms
 
 plgpu: Any = mosaic_gpu  # untyped: kernels need more of it than the oldest jax supported has
@@ -165,7 +165,7 @@ def _sliced(
 
 
 def _check(w: jax.Array, terms: Terms | None, probes: Probes | None) -> None:
-    if w.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+    if w.dtype not in FLOATS:
         raise NotImplementedError(f"perturb of {w.dtype}{list(w.shape)}: expected float32, bfloat16 or float16")
     if terms is not None:
         updates, directions = terms.coefs.shape if terms.coefs.ndim == 2 else (0, 0)
@@ -176,12 +176,7 @@ def _check(w: jax.Array, terms: Terms | None, probes: Probes | None) -> None:
                 "expected [U, K, 2], [U, K], [U], none of them empty"
             )
     if probes is not None:
-        members, directions = probes.matrix.shape if probes.matrix.ndim == 2 else (0, 0)
-        if not members or not directions or probes.keys.shape != (directions, 2):
-            raise ValueError(
-                f"probes have keys{list(probes.keys.shape)}, matrix{list(probes.matrix.shape)}: "
-                "expected [K, 2], [M, K], neither of them empty"
-            )
+        check_probes("probes have", probes)
 
 
 # --- the kernel -------------------------------------------------------------------------------------------------------

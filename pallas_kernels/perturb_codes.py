@@ -17,13 +17,12 @@ from jax.experimental.pallas import mosaic_gpu
 
 from pallas_kernels import bits, quantized_reference
 from pallas_kernels.implementations import apart, choose
-from pallas_kernels.kernel_parts import by_lane, word_map, write_members
+from pallas_kernels.kernel_parts import FLOATS, by_lane, check_dtype, check_probes, word_map, write_members
 from pallas_kernels.quantized_reference import Codes, Pending
 from pallas_kernels.reference import Probes, decayed
 
 plgpu: Any = mosaic_gpu  # untyped: kernels need more of it than the oldest jax supported has
 
-_FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 _WARPS, _LANES = 4, 32
 _WEIGHTS_A_THREAD = 16
 
@@ -94,19 +93,15 @@ def perturb_codes(
 
 def _check(codes: Codes | jax.Array, pending: Pending | None, probes: Probes | None, dtype: Any, rows: Any) -> None:
     of = f"perturb_codes of {list(codes.shape)}"
-    if not isinstance(codes, Codes) and (codes.ndim != 2 or codes.dtype not in _FLOATS):
+    if not isinstance(codes, Codes) and (codes.ndim != 2 or codes.dtype not in FLOATS):
         raise ValueError(f"{of} {codes.dtype}: expected Codes, or [n_out, n_in] of float32, bfloat16 or float16")
-    if jnp.dtype(dtype) not in _FLOATS:
-        raise ValueError(f"{of} to {jnp.dtype(dtype)}: expected float32, bfloat16 or float16; cast the result")
+    check_dtype(of, dtype)
     if pending is not None:
         shapes = [list(x.shape) for x in pending]
         if shapes != [[shapes[0][0], 2], [shapes[0][0]], [], []] or not shapes[0][0]:
             raise ValueError(f"{of} with pending {shapes}: expected keys [T, 2], coefs [T], used [] and gone []")
     if probes is not None:
-        members, directions = probes.matrix.shape if probes.matrix.ndim == 2 else (0, 0)
-        if not members or not directions or probes.keys.shape != (directions, 2):
-            found = f"keys{list(probes.keys.shape)}, matrix{list(probes.matrix.shape)}"
-            raise ValueError(f"{of} with probes of {found}: expected [K, 2], [M, K], neither of them empty")
+        check_probes(f"{of} with probes of", probes)
     if rows is not None and (rows.shape != codes.shape[:1] or rows.dtype != jnp.uint32):
         raise ValueError(f"{of} with rows {rows.dtype}{list(rows.shape)}: expected uint32[{codes.shape[0]}]")
 

@@ -18,11 +18,11 @@ from jax.experimental.pallas import mosaic_gpu
 
 from pallas_kernels import quantized_reference as reference
 from pallas_kernels.implementations import apart, choose
+from pallas_kernels.kernel_parts import FLOATS, check_dtype
 from pallas_kernels.quantized_reference import QMAX, Codes
 
 plgpu: Any = mosaic_gpu  # untyped: kernels need more of it than the oldest jax supported has
 
-_FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 _WARPS, _LANES = 4, 32
 _VECTORS_A_THREAD = 4  # loads that a thread has under way at once
 _PIECE = 4096  # columns of a row that are in registers at once, where they come twice
@@ -81,7 +81,7 @@ def decode(codes: Codes, dtype: Any, *, implementation: str | None = None) -> ja
     [[8.0, -14.0, 0.20000000298023224, 0.699999988079071]]
     """
     _check_codes("decode", codes)
-    _check_dtype("decode", dtype)
+    check_dtype("decode", dtype)
     plan = _plan(codes, dtype)
     chosen = choose("decode", implementation, plan if isinstance(plan, str) else None)
     if chosen == "xla" or isinstance(plan, str):
@@ -171,22 +171,17 @@ def matmul_int8(
                 f"matmul_int8 with {name} {values.dtype}{list(values.shape)}: expected float32[{length}, 1], one a row;"
                 " quantise without groups, or decode them"
             )
-    _check_dtype("matmul_int8", dtype)
+    check_dtype("matmul_int8", dtype)
     choose("matmul_int8", implementation, "there is no kernel; leave implementation to None")
     return reference.matmul_int8(x_codes, x_scale, codes, scale, dtype)
 
 
 def _check_floats(operation: str, name: str, x: jax.Array, axes: str) -> None:
-    if x.ndim != 2 or x.dtype not in _FLOATS or not x.shape[1]:
+    if x.ndim != 2 or x.dtype not in FLOATS or not x.shape[1]:
         raise ValueError(
             f"{operation} of {name} {x.dtype}{list(x.shape)}: expected {axes} of float32, bfloat16 or float16, with at "
             "least one column; reshape or cast it"
         )
-
-
-def _check_dtype(operation: str, dtype: Any) -> None:
-    if jnp.dtype(dtype) not in _FLOATS:
-        raise ValueError(f"{operation} to {jnp.dtype(dtype)}: expected float32, bfloat16 or float16; cast the result")
 
 
 def _check_codes(operation: str, codes: Codes) -> None:

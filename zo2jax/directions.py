@@ -37,6 +37,10 @@ class Direction:
     """Of z for matrices; 0: z has an entry of its own for each weight."""
     refresh: int | None = None
     """Steps between two folds, for which V is kept, if there is a rank; None: always, or, without a rank, no folds."""
+    adapter: float | None = None
+    """Of `lora`: what B A is multiplied by. None: matrices themselves are trained."""
+    targets: tuple[str, ...] = ()
+    """Of `lora`: patterns of the matrices that have an adapter; () for all."""
 
     @property
     def read_only(self) -> bool:
@@ -46,12 +50,6 @@ class Direction:
         (False, True, True)
         """
         return self.rank > 0 or self.refresh is not None
-
-    """Steps for which V is kept, if there is a rank; None: always."""
-    adapter: float | None = None
-    """Of `lora`: what B A is multiplied by. None: matrices themselves are trained."""
-    targets: tuple[str, ...] = ()
-    """Of `lora`: patterns of the matrices that have an adapter; () for all."""
 
     def adapts(self, name: str) -> bool:
         """Whether the matrix of this dotted name has factors of its own, for a direction with a rank.

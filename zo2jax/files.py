@@ -48,12 +48,18 @@ class _Staged(ABC):
         self._read(memory)
         return self._layout.views(memory)
 
-    def _with_memory(self, work: Callable[[np.ndarray], Any]) -> Any:
+    @contextmanager
+    def _memory(self) -> Iterator[np.ndarray]:
+        """Host memory for the pages, uint8 [layout.nbytes]; waits until some is free."""
         memory = self._staging.get()
         try:
-            return work(memory[: self._layout.nbytes])
+            yield memory[: self._layout.nbytes]
         finally:
             self._staging.put(memory)
+
+    def _with_memory(self, work: Callable[[np.ndarray], Any]) -> Any:
+        with self._memory() as memory:
+            return work(memory)
 
 
 class OnDisk(_Staged):
@@ -111,16 +117,12 @@ class OnDisk(_Staged):
     @contextmanager
     def edit(self) -> Iterator[Edit]:
         """Reads the file, and writes it at the end."""
-        memory = self._staging.get()
-        try:
-            here = memory[: self._layout.nbytes]
-            self._read(here)
-            edit = Edit(self._layout.views(here), self._link)
+        with self._memory() as memory:
+            self._read(memory)
+            edit = Edit(self._layout.views(memory), self._link)
             yield edit
             edit.finish()
-            self._write(here)
-        finally:
-            self._staging.put(memory)
+            self._write(memory)
 
     def _read(self, memory: np.ndarray) -> None:
         if not self.close.alive:

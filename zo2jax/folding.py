@@ -3,7 +3,7 @@
 Nothing but a few pieces is on the device at a time: not a block, nor its masters.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -12,13 +12,11 @@ from jax import lax
 
 from pallas_kernels.quantized import quantize
 from zo2jax.directions import Direction, matrix_shape
+from zo2jax.formats import pieces_of
 from zo2jax.pages import Layout, Place
 from zo2jax.pending import Terms
 from zo2jax.stores import Edit
 from zo2jax.updates import Rounding, folded, joined, nearest, split
-
-_PIECE = 1 << 24
-"""Weights that come to the device at once, in whole rows."""
 
 
 class Addend(NamedTuple):
@@ -100,7 +98,7 @@ def fold(
     pieces = [
         _Piece(place, held.get(name), addend, start, rows)
         for (name, place), addend in zip(layout.matrices, addends, strict=True)
-        for start, rows in _rows(*matrix_shape(place.shape))
+        for start, rows in pieces_of(*matrix_shape(place.shape))
     ]
 
     def begin(piece: _Piece) -> tuple[jax.Array | None, jax.Array | None]:
@@ -121,17 +119,6 @@ def fold(
             pages.write(*piece.span(piece.place.scale)[:2], scale)
         if piece.master is not None:
             masters.write(*piece.span(piece.master)[:2], master)
-
-
-def _rows(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """(first, count) of pieces of equal size, if the number of rows has a divisor for it.
-
-    >>> list(_rows(5, 1 << 23))
-    [(0, 2), (2, 2), (4, 1)]
-    """
-    most = min(max(1, _PIECE // columns), rows)
-    count = next((n for n in range(most, most // 2, -1) if rows % n == 0), most)
-    return ((start, min(count, rows - start)) for start in range(0, rows, count))
 
 
 @partial(jax.jit, static_argnames=("columns", "direction", "rounding", "bits", "group"))

@@ -186,7 +186,7 @@ def encode(matrix: Any, bits: int, group: int) -> Codes:
     """
     if isinstance(matrix, jax.Array):
         return _encode(matrix, bits, group)
-    pieces = [_encode(jnp.asarray(matrix[rows]), bits, group) for rows in _rows(*matrix.shape)]
+    pieces = [_encode(jnp.asarray(matrix[at : at + n]), bits, group) for at, n in pieces_of(*matrix.shape)]
     joined: list[Any] = [np.concatenate([np.asarray(x) for x in parts]) for parts in zip(*pieces, strict=True)]
     return Codes(*joined)
 
@@ -199,10 +199,16 @@ def decoded(codes: Codes) -> Any:
     """
     if isinstance(codes.codes, jax.Array):
         return decode(codes, jnp.float32)
-    pieces = (Codes(*(jnp.asarray(x[rows]) for x in codes)) for rows in _rows(*codes.shape))
+    pieces = (Codes(*(jnp.asarray(x[at : at + n]) for x in codes)) for at, n in pieces_of(*codes.shape))
     return np.concatenate([np.asarray(decode(piece, jnp.float32)) for piece in pieces])
 
 
-def _rows(rows: int, columns: int) -> list[slice]:
-    count = max(1, _PIECE // columns)
-    return [slice(start, start + count) for start in range(0, rows, count)]
+def pieces_of(rows: int, columns: int) -> list[tuple[int, int]]:
+    """(first row, count) of the pieces of a matrix in host memory, of equal size if its rows have a divisor for it.
+
+    >>> pieces_of(5, 1 << 23)
+    [(0, 2), (2, 2), (4, 1)]
+    """
+    most = min(max(1, _PIECE // columns), rows)
+    count = next((n for n in range(most, most // 2, -1) if rows % n == 0), most)
+    return [(start, min(count, rows - start)) for start in range(0, rows, count)]

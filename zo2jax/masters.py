@@ -84,7 +84,7 @@ class Masters:
         return {leaf: x.copy() for leaf, x in flat(self.masters[name].unpack(self._stores[name].read(), {})).items()}
 
     def saved(self, name: str) -> Params:
-        """A copy of a block's residuals, {"low": ..}, or {}; ``ids`` uint32 [matrices] are the leaf ids."""
+        """A copy of a block's residuals, {"low": ..}, or {}."""
         found: Params = {}
         for leaf, low in self.of_masters(name).items():
             if low.dtype == jnp.int16:
