@@ -113,8 +113,7 @@ def quantize_rows(x: jax.Array, *, members: int = 1, implementation: str | None 
     """
     _check_floats("quantize_rows", "x", x, "[rows, n]")
     rows, columns = x.shape
-    if members < 1 or rows % members:
-        raise ValueError(f"quantize_rows of x{list(x.shape)} of {members} members: expected a divisor of the rows")
+    _check_members("quantize_rows", "x", x, members)
     limit = None
     if columns % (_WARPS * _LANES) or (members == 1 and columns * x.dtype.itemsize > _ROW_BYTES):
         most = _ROW_BYTES // x.dtype.itemsize
@@ -135,12 +134,14 @@ def matmul_int8(
     scale: jax.Array,
     dtype: Any,
     *,
+    members: int = 1,
     implementation: str | None = None,
 ) -> jax.Array:
     """x W^T of int8 codes, [rows, n_out]: sum_i x_codes[r, i] codes[o, i], times x_scale[r] scale[o].
 
     The sum is exact in int32. It is multiplied in float32 by the product of the two scales, and rounded once to
-    ``dtype``.
+    ``dtype``. With ``members`` the rows are as `quantize_rows` makes them of so many members, and to those of all but
+    the first its own are added in float32: y_m = y_0 + (x_m - x_0) W^T.
 
     Args:
         x_codes: int8 [rows, n_in], as from `quantize_rows`.
@@ -148,10 +149,12 @@ def matmul_int8(
         codes: int8 [n_out, n_in], as from `quantize` with 8 bits and no groups.
         scale: float32 [n_out, 1]. Scales of groups of columns would have to be applied within the sum.
         dtype: float32, bfloat16 or float16.
+        members: a divisor of the rows.
         implementation: None or "xla": it is one GEMM of the vendor's library and a product fused into what follows.
 
     Raises:
-        ValueError: for codes of 4 bits, scales of groups, shapes that do not fit one another, and another dtype.
+        ValueError: for codes of 4 bits, scales of groups, shapes that do not fit one another, another dtype, or rows
+            that are not those of so many members.
         NotImplementedError: if the implementation named does not apply.
 
     >>> x, w = quantize_rows(jnp.array([[127.0, 1.0]])), quantize(jnp.array([[127.0, 0.0], [0.0, -254.0]]), 8)
@@ -171,9 +174,15 @@ def matmul_int8(
                 f"matmul_int8 with {name} {values.dtype}{list(values.shape)}: expected float32[{length}, 1], one a row;"
                 " quantise without groups, or decode them"
             )
+    _check_members("matmul_int8", "x_codes", x_codes, members)
     check_dtype("matmul_int8", dtype)
     choose("matmul_int8", implementation, "there is no kernel; leave implementation to None")
-    return reference.matmul_int8(x_codes, x_scale, codes, scale, dtype)
+    return reference.matmul_int8(x_codes, x_scale, codes, scale, dtype, members)
+
+
+def _check_members(operation: str, name: str, x: jax.Array, members: int) -> None:
+    if members < 1 or len(x) % members:
+        raise ValueError(f"{operation} of {name}{list(x.shape)} of {members} members: expected a divisor of the rows")
 
 
 def _check_floats(operation: str, name: str, x: jax.Array, axes: str) -> None:

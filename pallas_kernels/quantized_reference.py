@@ -186,17 +186,29 @@ def quantize_rows(x: jax.Array, members: int = 1) -> Codes:
     return quantize(x, 8, x.shape[1])
 
 
-def matmul_int8(x_codes: jax.Array, x_scale: jax.Array, codes: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
+def matmul_int8(
+    x_codes: jax.Array, x_scale: jax.Array, codes: jax.Array, scale: jax.Array, dtype: Any, members: int = 1
+) -> jax.Array:
     """x W^T of int8 codes: [rows, n_in] and [n_out, n_in] with scales [rows, 1] and [n_out, 1] -> [rows, n_out].
 
-    Sums of products are exact in int32; they are multiplied in float32 by the product of the two scales.
+    Sums of products are exact in int32; they are multiplied in float32 by the product of the two scales. What the first
+    of the members gives is added to the others, as `quantize_rows` took it from them.
 
     >>> eye = jnp.eye(2, dtype=jnp.int8)
     >>> matmul_int8(eye, jnp.array([[1.0], [2.0]]), 3 * eye, jnp.array([[1.0], [0.5]]), jnp.float32).tolist()
     [[3.0, 0.0], [0.0, 3.0]]
     """
     sums = lax.dot_general(x_codes, codes, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
-    return (sums.astype(jnp.float32) * (x_scale * scale.reshape(1, -1))).astype(dtype)
+    of_member = sums.reshape(members, -1, len(codes)), x_scale.reshape(members, -1, 1)
+
+    def scaled(sums: jax.Array, x_scale: jax.Array) -> jax.Array:
+        return sums.astype(jnp.float32) * (x_scale * scale.reshape(1, -1))
+
+    y = scaled(*of_member)
+    if members > 1:  # the integers are cut, not y, or XLA would keep y in float32 for both that read it
+        later = lax.broadcasted_iota(jnp.int32, (members, 1, 1), 0) > 0
+        y = jnp.where(later, scaled(*(x[:1] for x in of_member)) + y, y)
+    return y.astype(dtype).reshape(sums.shape)
 
 
 class Pending(NamedTuple):

@@ -442,6 +442,7 @@ W, X8, S8 = jnp.zeros((4, 6)), jnp.zeros((4, 6), jnp.int8), jnp.ones((4, 1))
         (lambda: q.matmul_int8(X8, S8, X8, jnp.ones((4, 3)), jnp.float32), r"scale float32\[4, 3\]: .*without groups"),
         (lambda: q.matmul_int8(X8, jnp.ones(4), X8, S8, jnp.float32), r"x_scale float32\[4\]: expected float32\[4, 1"),
         (lambda: q.matmul_int8(X8, S8, X8, S8, jnp.int32), "matmul_int8 to int32: expected float32"),
+        (lambda: q.matmul_int8(X8, S8, X8, S8, jnp.float32, members=3), r"x_codes\[4, .*of 3 members: expected a div"),
         (lambda: q.decode(Codes(X8, S8), jnp.float32, implementation="cuda"), "'cuda', expected None or one of"),
     ],
 )

@@ -55,14 +55,12 @@ def times_int8(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
 @times_int8.def_vmap
 def _(size: int, in_batched: Any, x: jax.Array, codes: jax.Array, scale: jax.Array) -> Any:
     assert in_batched[0] and not (in_batched[1] or in_batched[2]), "members share the codes"
-    y = _times_int8(x, codes, scale, size)
-    later = (lax.iota(jnp.int32, size) > 0).reshape(-1, *[1] * (x.ndim - 1))  # elementwise, not joined: XLA fuses it
-    return jnp.where(later, y[:1] + y, y), True
+    return _times_int8(x, codes, scale, size), True
 
 
 def _times_int8(x: jax.Array, codes: jax.Array, scale: jax.Array, members: int = 1) -> jax.Array:
     rows = quantize_rows(x.reshape(-1, x.shape[-1]), members=members)
-    return matmul_int8(*rows, codes, scale, jnp.float32).reshape(*x.shape[:-1], -1)
+    return matmul_int8(*rows, codes, scale, jnp.float32, members=members).reshape(*x.shape[:-1], -1)
 
 
 def rows_of(matrix: jax.Array | Codes, ids: jax.Array) -> jax.Array:
