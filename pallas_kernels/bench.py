@@ -1,4 +1,4 @@
-"""Times `perturb` and `perturb_codes` against XLA, the textbook and the memory's bandwidth, all in one run.
+"""Times the kernels against XLA, the textbook and the memory's bandwidth, all in one run.
 
 ``python -m pallas_kernels.bench [--op NAME ...] [--shape NAME ...] [--json FILE] [--plot FILE] [--size N]``
 """
@@ -9,7 +9,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,66 +18,12 @@ import jaxlib
 import numpy as np
 from jax import lax
 
-from pallas_kernels import bits, implementations, specs
-from pallas_kernels.perturb import perturb
-from pallas_kernels.perturb_codes import perturb_codes
-from pallas_kernels.quantized import quantize
-from pallas_kernels.quantized_reference import Codes, Pending
-from pallas_kernels.reference import Probes, Rounding, Terms
+from pallas_kernels import implementations, specs
+from pallas_kernels.bench_operations import OPS, Operation, Step, textbook
 
-Step = Callable[..., tuple[jax.Array, ...]]
-
-_EPS, _STEP = 2.0**-10, 2.0**-17  # the size of probes, and of updates, of weights of a standard deviation of 0.02
 _ROUNDS = 3
 _IMPLEMENTATIONS = ("xla", "mosaic", "mosaic_portable", "none", "textbook")  # the others are compared with XLA
 _DTYPES = ("bfloat16", "float16", "float32")
-
-
-class Op(NamedTuple):
-    """A call of `perturb`: how many updates of how many directions, then how many probes; or one of `perturb_codes`.
-
-    >>> OPS["update_dual"].bytes(1000, 2)
-    8000
-    """
-
-    updates: int = 0
-    directions: int = 1
-    members: int = 0
-    pair: bits.WordMap = bits.normal_pair
-    rounding: Rounding = bits.round_to_nearest
-    pending: int | None = None
-    """Terms that int8 codes lack; None for weights that are arrays."""
-
-    def bytes(self, size: int, itemsize: int) -> int:
-        """What must pass through memory: weights in; weights out if there is an update; each probe out.
-
-        The scales of codes, one a row, are left out.
-
-        >>> Op(members=1).bytes(1000, 2), Op(members=2, pending=3).bytes(1000, 2)
-        (4000, 5000)
-        """
-        if self.pending is not None:
-            return size * (1 + itemsize * self.members)
-        return size * itemsize * (1 + bool(self.updates) + self.members)
-
-
-OPS = {
-    "probe": Op(members=1),
-    "dual": Op(members=2),
-    "dual_rademacher": Op(members=2, pair=bits.rademacher_pair),
-    "update": Op(updates=1),
-    "update_dual": Op(updates=1, members=2),
-    "update_dual_rademacher": Op(updates=1, members=2, pair=bits.rademacher_pair),
-    "update_dual_stochastic": Op(updates=1, members=2, rounding=bits.round_stochastically),
-    "replay16": Op(updates=16),
-    "average8": Op(updates=1, directions=8),
-    "codes_dual": Op(members=2, pending=0),
-    "codes_dual_rademacher": Op(members=2, pending=0, pair=bits.rademacher_pair),
-    "codes_1_dual": Op(members=2, pending=1),
-    "codes_1_dual_rademacher": Op(members=2, pending=1, pair=bits.rademacher_pair),
-    "codes_8_dual": Op(members=2, pending=8),
-}
-"""By name. Probes have one direction, and a second one is the first with the other sign."""
 
 
 class Row(NamedTuple):
@@ -109,64 +55,16 @@ class Row(NamedTuple):
         return self.bytes / self.ms / 1e6
 
 
-def no_noise(word: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A word map that looks at no bits, so that a compiler drops the generator and only the memory traffic is left.
-
-    >>> [float(z) for z in no_noise(jnp.uint32(7))]
-    [1.0, 1.0]
-    """
-    one = jnp.ones(word.shape, jnp.float32)
-    return one, one
-
-
-def _arguments(op: Op, key: jax.Array) -> tuple[Terms | Pending | None, Probes | None]:
-    count = op.updates if op.pending is None else op.pending
-    draws = jax.random.bits(key, (count + 1, op.directions, 2), jnp.uint32)
-    coefs = jnp.full((count, op.directions), _STEP, jnp.float32)
-    terms: Terms | Pending | None = Terms(draws[:-1], coefs) if op.updates else None
-    if op.pending is not None:  # with room for one term more than there are
-        padded = jnp.pad(coefs[:, 0], (0, 1))
-        terms = Pending(draws[:, 0], padded, jnp.int32(op.pending), jnp.float32(0))
-    matrix = jnp.array([[_EPS], [-_EPS]], jnp.float32)[: op.members]
-    return terms, Probes(draws[-1, :1], matrix) if op.members else None
-
-
-def _step(op: Op, implementation: str, dtype: str) -> Step:
-    """A function of weights, terms and probes that gives what the op computes; of codes, members of ``dtype``."""
-    pair, rounding = op.pair, op.rounding
-    if implementation == "none":
-        # Stochastic rounding draws bits of its own.
-        implementation, pair, rounding = "mosaic", no_noise, bits.round_to_nearest
-
-    def step(w: Any, terms: Any, probes: Probes | None) -> tuple[jax.Array, ...]:
-        if isinstance(w, Codes):
-            return (perturb_codes(w, terms, probes, dtype, pair=pair, implementation=implementation),)
-        moved, members = perturb(w, terms, probes, pair=pair, rounding=rounding, implementation=implementation)
-        return tuple(x for x in (moved if op.updates else None, members) if x is not None)
-
-    return step
-
-
-def textbook(w: jax.Array, terms: None, probes: Probes) -> tuple[jax.Array, ...]:
-    """Both probes of one direction by ``jax.random.normal``, as one would write them without this package.
-
-    >>> up, down = textbook(jnp.ones(3), None, Probes(jnp.zeros((1, 2), jnp.uint32), jnp.array([[1.0], [-1.0]])))
-    >>> [round(float(x), 3) for x in up + down]
-    [2.0, 2.0, 2.0]
-    """
-    z = jax.random.normal(jax.random.wrap_key_data(probes.keys[0], impl="threefry2x32"), w.shape, jnp.float32)
-    wide, eps = w.astype(jnp.float32), probes.matrix[0, 0]
-    return (wide + eps * z).astype(w.dtype), (wide - eps * z).astype(w.dtype)
-
-
-def _unsuitable(name: str, op: Op) -> str | None:
+def _unsuitable(name: str, op: Operation) -> str | None:
     """Why an implementation is not timed, or None."""
     if name == "textbook":
         return None if op == OPS["dual"] else "only for dual"
+    if name == "none" and not op.noise:
+        return "only for what draws noise"
     return implementations.problem("mosaic" if name == "none" else name)
 
 
-def _seconds(step: Step, w: Any, arguments: tuple[Any, ...], in_place: bool, calls: int) -> float:
+def _seconds(step: Step, w: Any, arguments: Sequence[Any], in_place: bool, calls: int) -> float:
     """The median, over rounds, of the mean time of a call. Results are dropped at once, to bound the memory."""
     times: list[float] = []
     for _ in range(_ROUNDS + 1):  # the first warms up
@@ -188,7 +86,7 @@ def _differing(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> jax.Array:
     """How many elements differ in a bit; one fused reduction, which stores nothing."""
 
     def count(x: jax.Array, y: jax.Array) -> jax.Array:
-        of = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+        of = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
         different = lax.bitcast_convert_type(x, of) != lax.bitcast_convert_type(y, of)
         return jnp.sum(different, dtype=jnp.uint32)
 
@@ -220,16 +118,15 @@ def measure(shape_name: str, shape: specs.Shape, dtype: str, ops: Sequence[str],
     rows = []
     for op_name in ops:
         op = OPS[op_name]
-        w: Any = array if op.pending is None else jax.jit(quantize, static_argnums=1)(jnp.atleast_2d(array), 8)
-        arguments = _arguments(op, jax.random.key(1))
+        w, *arguments = op.inputs(array, jax.random.key(1))
         expected = None
         for name in _IMPLEMENTATIONS:
             if reason := _unsuitable(name, op):
-                if name != "textbook":
+                if name != "textbook" and (op.noise or name != "none"):
                     log(f"skipped {name}: {reason}")
                 continue
-            in_place = op.updates > 0
-            function = textbook if name == "textbook" else _step(op, name, dtype)
+            in_place = op.in_place
+            function = textbook if name == "textbook" else op.step(name, dtype)
             start = time.perf_counter()
             step = jax.jit(function, donate_argnums=(0,) if in_place else ()).lower(w, *arguments).compile()
             compile_s = time.perf_counter() - start
