@@ -23,6 +23,7 @@ from pallas_kernels.bench_operations import OPS, Operation, Step, textbook
 
 _ROUNDS = 3
 _IMPLEMENTATIONS = ("xla", "mosaic", "mosaic_portable", "none", "textbook")  # the others are compared with XLA
+_WITHOUT_NOISE = ("xla", "mosaic", "mosaic_portable")  # of what draws none
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -59,8 +60,6 @@ def _unsuitable(name: str, op: Operation) -> str | None:
     """Why an implementation is not timed, or None."""
     if name == "textbook":
         return None if op == OPS["dual"] else "only for dual"
-    if name == "none" and not op.noise:
-        return "only for what draws noise"
     return implementations.problem("mosaic" if name == "none" else name)
 
 
@@ -120,9 +119,9 @@ def measure(shape_name: str, shape: specs.Shape, dtype: str, ops: Sequence[str],
         op = OPS[op_name]
         w, *arguments = op.inputs(array, jax.random.key(1))
         expected = None
-        for name in _IMPLEMENTATIONS:
+        for name in _IMPLEMENTATIONS if op.noise else _WITHOUT_NOISE:
             if reason := _unsuitable(name, op):
-                if name != "textbook" and (op.noise or name != "none"):
+                if name != "textbook":
                     log(f"skipped {name}: {reason}")
                 continue
             in_place = op.in_place
