@@ -281,6 +281,33 @@ def test_the_last_and_the_best_are_kept(snapshots, folder, losses, kept, best):
     again.close()
 
 
+def test_killed_while_a_snapshot_is_deleted(saved, folder, monkeypatch):
+    """It is out of sight before the first of its files goes, and gone after the next save."""
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *args, **kwargs: None)
+    saved.save(state(2), model(2).items(), {"eval/loss": 0.5})
+    monkeypatch.undo()
+    assert listing(folder) == ["2", "unfinished"]
+    snapshots = Snapshots(folder)
+    assert (snapshots.last, snapshots.best) == (2, 2)
+    snapshots.save(state(3), model(3).items(), {"eval/loss": 0.25})
+    assert listing(folder) == ["3"]
+    snapshots.close()
+
+
+@pytest.mark.parametrize("gone", ["metrics", "blocks", "state", "_CHECKPOINT_METADATA"])
+def test_what_an_older_version_left_half_deleted_goes(saved, folder, gone):
+    shutil.copytree(folder / "1", folder / "copy")
+    saved.save(state(2), model(2).items(), {"eval/loss": 0.5})
+    (folder / "copy").rename(folder / "1")
+    path = folder / "1" / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    snapshots = Snapshots(folder)
+    assert (snapshots.last, snapshots.best) == (2, 2)
+    snapshots.save(state(3), model(3).items(), {})
+    assert listing(folder) == ["2", "3"]
+    snapshots.close()
+
+
 def test_a_step_that_is_saved_is_left_as_it_is(saved):
     def blocks():
         raise AssertionError("asked for blocks")

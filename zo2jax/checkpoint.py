@@ -81,13 +81,17 @@ class Snapshots:
         def metric(metrics: Mapping[str, float]) -> float:
             return metrics.get("eval/loss", math.inf)
 
-        best = preservation_policy.BestN(get_metric_fn=metric, reverse=True, n=1)
+        # Without metrics: what an older version was killed while it deleted.
+        best = preservation_policy.BestN(
+            get_metric_fn=metric, reverse=True, n=1, keep_checkpoints_without_metrics=False
+        )
         options = ocp.CheckpointManagerOptions(
             create=True,
             best_fn=metric,
             best_mode="min",
             preservation_policy=preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(1), best]),
             enable_async_checkpointing=False,
+            todelete_subdir=_SCRATCH,  # by one rename: no snapshot is seen half deleted
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options, handler_registry=registry)
 
@@ -243,10 +247,10 @@ class Snapshots:
 
     def _clear(self) -> None:
         """Removes what saves that failed or were killed left behind."""
-        for path in [self._folder / _SCRATCH, *self._folder.glob("*.orbax-checkpoint-tmp*")]:
-            shutil.rmtree(path, ignore_errors=True)
         for step in set(self._manager.all_steps()) - set(self._steps()):
             self._manager.delete(step)  # or it would be the last one, which is kept
+        for path in [self._folder / _SCRATCH, *self._folder.glob("*.orbax-checkpoint-tmp*")]:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager
