@@ -24,6 +24,8 @@ Noise = Callable[[], jax.Array]
 
 GROUP = 4
 """Columns that share one threefry call."""
+GENERATOR = 1
+"""Changes whenever an address gets another value, so that what was recorded before is not replayed with it."""
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA

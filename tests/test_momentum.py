@@ -130,7 +130,7 @@ def test_a_run_that_stops_around_a_fold_goes_on_with_the_same_bits(tmp_path):
             for batch in given[:stop]:
                 first.step(batch)
             first.save()
-            first.step(given[0])  # not saved
+            first.step(given[stop])  # is in the journal only
         with run(model, directory, refresh=5, rounding=zo.residual) as second:
             for batch in second.remaining(given):
                 second.step(batch)

@@ -70,16 +70,21 @@ def test_resume_reaches_the_same_bits(setting, tmp_path, dtype):
     assert steps == list(range(1, 201))
 
 
-def test_metrics_of_steps_that_are_done_again_stand_once(setting, tmp_path):
+def test_metrics_have_each_step_once(setting, tmp_path):
+    """Whatever the file lacks of the journal's steps, or has of later ones."""
     _, batches, _ = setting
     with make(setting, tmp_path) as run:
         train(run, batches, 10)
         run.save()
-        train(run, batches, 15)  # never saved
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 16, "train/lo')  # killed while writing
+        train(run, batches, 15)  # no checkpoint, but in the journal
+    kept = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    torn = '{"step": 16, "train/loss": 3.0}\n{"step": 17, "train/lo'  # killed while writing
+    (tmp_path / "metrics.jsonl").write_text("".join(kept[:13]) + torn)
     with make(setting, tmp_path) as run:
-        assert run.steps_done == 10
+        assert run.steps_done == 15
+        again = read_metrics(tmp_path)
+        for line, old in zip(again, map(json.loads, kept), strict=True):
+            assert line.items() <= old.items()
         train(run, batches, 20)
     lines = read_metrics(tmp_path)
     assert [line["step"] for line in lines] == list(range(1, 21))
@@ -262,10 +267,9 @@ def test_another_optimizer_is_refused(setting, tmp_path):
     with start(zo.sgd(1e-3)) as run:
         run.step(setting[1][0])
         run.save()
-    with pytest.raises(ValueError, match=r"optimizer: 'sgd\(0\.001, weight_decay=0\.0\)' there, 'sgd\(0\.1,"):
+    with pytest.raises(ValueError, match=r"optimizer: sgd\(0\.001, weight_decay=0\.0\) there, sgd\(0\.1,"):
         start(zo.sgd(0.1))
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"checkpoint of step 1 .* does not fit this model and optimizer"):
+    with pytest.raises(ValueError, match=r"journal is of another run \(optimizer: sgd.* there, optax here\)"):
         start(optax.sgd(1e-3))
 
 

@@ -191,8 +191,8 @@ def test_after_a_file_has_changed_the_run_goes_on_from_its_checkpoint(tmp_path):
             for batch in steps[1:]:
                 run.step(batch)
     with run_of(zo.load(folder, dtype="bfloat16", weights=False), tmp_path / "run") as run:
-        assert run.steps_done == 1 and run.in_files == []
-        run.step(steps[1])
+        assert run.steps_done >= 1 and run.in_files == []  # and what the journal has
+        run.step(steps[2])
 
 
 def test_files_may_be_removed_and_replaced(tmp_path):

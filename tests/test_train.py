@@ -18,6 +18,7 @@ from zo2jax import cli, demo, train
 from zo2jax.checkpoint import Snapshots
 from zo2jax.config import load_config
 from zo2jax.metrics import read_metrics
+from zo2jax.models.hub import export
 from zo2jax.run import Run
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +63,37 @@ def test_train_evaluate_export(arguments, tmp_path, capsys):
     before = {p: p.read_bytes() for p in out.iterdir()}
     assert cli.main(["export", str(run), "-o", str(out)]) == 1
     assert "not empty" in capsys.readouterr().err and before == {p: p.read_bytes() for p in out.iterdir()}
+
+
+def test_a_run_is_shared_as_one_small_file(arguments, tiny_folder, tmp_path, capsys):
+    for directory, *more in (("run",), ("other", "learning_rate=0.002")):
+        assert cli.main(arguments(*more, directory=directory)) == 0
+    run, file, cut, base = (str(tmp_path / name) for name in ("run", "run.zo", "cut.zo", "base"))
+    assert cli.main(["pack", run, "-o", file]) == 0 and cli.main(["pack", run, "-o", cut, "--step", "4"]) == 0
+    assert Path(file).stat().st_size < 4000
+    assert cli.main(["apply", str(tiny_folder), file, "-o", str(tmp_path / "applied")]) == 0
+    jax.tree.map(np.testing.assert_array_equal, zo.load(tmp_path / "applied").params, weights(run))
+    assert cli.main(["replay", str(tiny_folder), run, "-o", str(tmp_path / "four"), "--step", "4"]) == 0
+    assert cli.main(["replay", str(tiny_folder), cut, "-o", str(tmp_path / "cut")]) == 0
+    pair = (zo.load(tmp_path / name).params for name in ("four", "cut"))
+    jax.tree.map(np.testing.assert_array_equal, *pair)
+    capsys.readouterr()
+    assert cli.main(["journal", file, cut, str(tmp_path / "other")]) == 0
+    out = capsys.readouterr().out
+    assert "steps     6" in out and "two_point(0.01" in out
+    assert f"{file} and {cut}: the same 4 steps, of 6 and 4" in out
+    assert "optimizer: sgd(0.001, weight_decay=0.0) and sgd(0.002, weight_decay=0.0); " in out
+    assert "; the same 0 steps, of 6 and 6" in out
+
+    assert cli.main(["pack", run, "-o", file]) == 1
+    assert "run.zo exists" in capsys.readouterr().err
+    assert cli.main(["pack", run, "-o", base, "--step", "7"]) == 1
+    assert "has 6 steps: expected at most as many, not 7" in capsys.readouterr().err
+    model = zo.load(tiny_folder)
+    export(model.replace(jax.tree.map(lambda w: w * 1.5, model.params)), base)
+    assert cli.main(["apply", base, file, "-o", str(tmp_path / "wrong")]) == 1
+    assert re.search(r"block \S+ of the model is not what the run of .*run.zo began with", capsys.readouterr().err)
+    assert not list(tmp_path.glob("wrong*/*"))
 
 
 @pytest.mark.parametrize("tier", ["device", "disk"])

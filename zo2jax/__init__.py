@@ -40,6 +40,7 @@ from zo2jax.optimizers import meazo as meazo
 from zo2jax.optimizers import sgd as sgd
 from zo2jax.plan import Plan as Plan
 from zo2jax.plan import plan as plan
+from zo2jax.replay import replay as replay
 from zo2jax.run import NonFiniteLoss as NonFiniteLoss
 from zo2jax.run import Run as Run
 from zo2jax.run import StepInfo as StepInfo

@@ -1,7 +1,6 @@
 """What low-rank updates add up to between two folds, and their momentum, beside the matrices of a stream's blocks."""
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from functools import partial
 
 import jax
@@ -15,7 +14,7 @@ from zo2jax.folding import Addend
 from zo2jax.masters import Masters
 from zo2jax.models.blocks import Params, set_leaf
 from zo2jax.pages import Layout, Place, flat
-from zo2jax.updates import Rounding, Update
+from zo2jax.updates import Rounding, Update, in_order
 
 
 class Accumulated(Masters):
@@ -27,9 +26,6 @@ class Accumulated(Masters):
         rounding: of folds.
         basis: typed key [], of V.
         momentum: whether updates have it.
-
-    Raises:
-        ValueError: for a pattern of `zo2jax.lora` that names no matrix.
 
     >>> from zo2jax.directions import lowrank
     >>> from zo2jax.updates import nearest
@@ -51,9 +47,6 @@ class Accumulated(Masters):
         super().__init__(layouts, direction, rounding)
         self._places = {name: {p: i for i, (_, p) in enumerate(x.matrices)} for name, x in layouts.items()}
         self._basis = Basis(basis, jnp.float32(0))
-        names = [f"{name}.{leaf}" for name, layout in layouts.items() for leaf, _ in layout.matrices]
-        if unknown := [target for target in direction.targets if not any(fnmatchcase(x, target) for x in names)]:
-            raise ValueError(f"targets {unknown} name no matrix, of which there are {', '.join(names[:9])}, ..")
         self.sums = {
             name: tuple(self._start(name, *matrix, momentum) for matrix in x.matrices) for name, x in layouts.items()
         }
@@ -97,10 +90,10 @@ class Accumulated(Masters):
         shared = tuple(self.sums[home][self._places[home][place]] for home, place in tied)
         return Beside(self.sums[name], shared, self._basis)
 
-    def update(self, update: Update) -> None:
-        """Takes in what an update lets go of all matrices; P itself changes in visits, and so do adapters."""
+    def update(self, updates: Update, count: jax.Array) -> None:
+        """Takes in what the first ``count`` updates let go of all matrices; P changes in visits, as adapters do."""
         if self._direction.adapter is None:
-            self._basis = after(self._basis, update)
+            self._basis = _after_all(self._basis, updates, count)
 
     def take(self, name: str, changed: tuple[Sum | None, ...]) -> None:
         """Keeps what a visit gave of a block's matrices."""
@@ -131,6 +124,9 @@ class Accumulated(Masters):
             for part, x in (parts if own.n is None else parts | {"n": jnp.array(own.n)}).items():
                 set_leaf(found.setdefault(part, {}), leaf, x)
         return found | super().saved(name)
+
+
+_after_all = jax.jit(partial(in_order, after))
 
 
 @partial(jax.jit, static_argnames=("shapes", "direction"))

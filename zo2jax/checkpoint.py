@@ -3,11 +3,10 @@
 import contextlib
 import dataclasses
 import inspect
-import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from zo2jax.metrics import write_atomically
 from zo2jax.mezo import State
 from zo2jax.models.blocks import Params
+from zo2jax.pages import flat, on_host
 
 _SCRATCH = "unfinished"
 _CHUNK_BYTES = 2**26  # of a leaf: several threads read a large one, and its copies on the way to the disk stay small
@@ -127,7 +126,7 @@ class Snapshots:
         try:
             with _naming(self._folder):
                 (scratch / "blocks").mkdir(parents=True)
-                self._write(scratch / "state", _flat(_as_tree(state)))
+                self._write(scratch / "state", flat(_as_tree(state)))
             for name, leaves in blocks:
                 if not name or Path(name).name != name or name.startswith("."):
                     raise ValueError(f"{name!r} is no name of a block: expected one that can be a folder's name")
@@ -149,7 +148,7 @@ class Snapshots:
             ValueError: if there is no such snapshot, or its state is damaged or of another optimizer or model.
         """
         tree = _as_tree(like)
-        expected = _flat(tree)
+        expected = flat(tree)
         found = self._read(self._snapshot(step) / "state", "state", expected)
         # By name, for ``found`` is in alphabetical order.
         placed = [_placed(found[name], leaf) for name, leaf in expected.items()]
@@ -239,7 +238,7 @@ class Snapshots:
         """Writes one block; durable on return."""
         if not jax.tree.leaves(leaves):
             return  # Orbax has no empty checkpoints
-        arrays = jax.tree.map(_on_host, leaves)
+        arrays = jax.tree.map(on_host, leaves)
         chunked = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), arrays)
         self._arrays.save(folder, args=ocp.args.PyTreeSave(arrays, save_args=chunked))
         for path in [*folder.rglob("*"), folder]:
@@ -285,16 +284,6 @@ def _array_handler() -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False, type_handler_registry=registry)
 
 
-def _on_host(leaf: Any) -> np.ndarray:
-    """The leaf as a NumPy array; of memory of the host, without a copy."""
-    if isinstance(leaf, jax.Array):
-        # An array keeps the copy that NumPy is given, and would keep the whole model on the host in the end. This one
-        # shares the memory of the leaf on the device, and is gone together with its copy.
-        shards = [leaf.addressable_data(i) for i in range(len(leaf.sharding.addressable_devices))]
-        leaf = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
-    return np.asarray(leaf)
-
-
 def _sync(path: Path) -> None:
     """Waits until a file or a folder's entries are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -304,17 +293,11 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _flat(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by their dotted names."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
 def _differences(block: str, like: Params, found: Params) -> list[str]:
     """What of ``found`` differs from ``like``, leaf by leaf."""
 
     def described(tree: Params) -> dict[str, str]:
-        return {f"{block}.{name}": f"{np.dtype(x.dtype)}{list(x.shape)}" for name, x in _flat(tree).items()}
+        return {f"{block}.{name}": f"{np.dtype(x.dtype)}{list(x.shape)}" for name, x in flat(tree).items()}
 
     there, expected = described(found), described(like)
     return [
@@ -322,34 +305,3 @@ def _differences(block: str, like: Params, found: Params) -> list[str]:
         for leaf in sorted(there.keys() | expected.keys())
         if there.get(leaf) != expected.get(leaf)
     ]
-
-
-def write_once(path: Path, config: Mapping[str, Any], may_grow: Sequence[str]) -> None:
-    """Writes a run's config.json, or compares it with the one that is there.
-
-    Raises:
-        ValueError: if they differ, naming the keys; those in ``may_grow`` may become larger.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     write_once(Path(folder, "config.json"), {"steps": 5}, ["steps"])
-    ...     write_once(Path(folder, "config.json"), {"steps": 9}, ["steps"])
-    ...     json.loads(Path(folder, "config.json").read_text())
-    {'steps': 9}
-    """
-    config = json.loads(json.dumps(config))
-    if path.is_file():
-        try:
-            known = dict(json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} is not JSON ({error}): the run cannot be continued") from error
-        keys = sorted(known.keys() | config.keys())
-        differing = [k for k in keys if known.get(k) != config.get(k) and k not in may_grow]
-        differing += [k for k in may_grow if k in known and k in config and config[k] < known[k]]
-        if differing:
-            lines = "; ".join(f"{k}: {known.get(k)!r} there, {config.get(k)!r} now" for k in differing)
-            raise ValueError(
-                f"{path.parent} holds a run with another config ({lines}). Only {' and '.join(may_grow) or 'nothing'} "
-                "may grow: use the old values, or another directory"
-            )
-    write_atomically(path, json.dumps(config, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""The command line: ``zo2jax train | eval | generate | export | demo | bench``."""
+"""The command line: ``zo2jax train | eval | generate | export | replay | pack | apply | journal | demo | ..``."""
 
 import argparse
 import sys
@@ -15,6 +15,7 @@ from zo2jax.models.generation import Choose, greedy, sampling
 from zo2jax.models.hub import export, load
 from zo2jax.models.tokenizers import ChatTemplate
 from zo2jax.quantize import quantize
+from zo2jax.replay import base_of, pack, read_journal, replay
 
 _INTERRUPTED = 130
 
@@ -54,6 +55,21 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-o", "--output", required=True, help="the folder to make")
     sub.add_argument("--best", action="store_true", help="the checkpoint with the best held-out loss, not the last")
 
+    for name, what in (("replay", "the weights of any step of a run"), ("apply", "a base with a .zo file")):
+        sub = commands.add_parser(name, help=f"write {what} as a Hugging Face folder, from the base and a journal")
+        sub.add_argument("base", help="a Hugging Face folder or hub id: the model that the run began with")
+        sub.add_argument("journal", help="a journal, a .zo file, or the directory of a run")
+        sub.add_argument("-o", "--output", required=True, help="the folder to make")
+        sub.add_argument("--step", type=int, help="after so many steps; all if not given")
+
+    sub = commands.add_parser("pack", help="write a run as a .zo file: with its base it is the trained model")
+    sub.add_argument("journal", metavar="run", help="the directory of a run, or a journal")
+    sub.add_argument("-o", "--output", required=True, help="the file to make")
+    sub.add_argument("--step", type=int, help="leave out what comes after so many steps")
+
+    sub = commands.add_parser("journal", help="show journals, and in what two of them differ")
+    sub.add_argument("journals", nargs="+", metavar="journal", help="a journal, a .zo file, or the directory of a run")
+
     sub = commands.add_parser("quantize", help="write a model with its matrices as int8 or int4 codes")
     sub.add_argument("model", help="a Hugging Face folder or hub id")
     sub.add_argument("--format", choices=("int8", "int4"), required=True, help="the codes")
@@ -86,10 +102,25 @@ def _run(arguments: argparse.Namespace) -> int:
         print(quantize(load(arguments.model), format, arguments.output, limit=arguments.limit))
     elif arguments.command == "bench":
         bench.run(arguments)
+    elif arguments.command in ("replay", "apply"):
+        journal = read_journal(arguments.journal)
+        print(export(replay(base_of(arguments.base, journal), journal, step=arguments.step), arguments.output))
+    elif arguments.command == "pack":
+        print(pack(arguments.journal, arguments.output, step=arguments.step))
+    elif arguments.command == "journal":
+        _show(arguments.journals)
     else:
         _, model = train.trained_model(arguments.run, best=arguments.best)
         print(export(model, arguments.output))
     return 0
+
+
+def _show(paths: Sequence[str]) -> None:
+    journals = [read_journal(path) for path in paths]
+    for journal in journals:
+        print(journal)
+    for other in journals[1:]:
+        print(f"{journals[0].path} and {other.path}: {journals[0].differs(other)}")
 
 
 def _generate(arguments: argparse.Namespace) -> None:

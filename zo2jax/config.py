@@ -118,6 +118,8 @@ class Config:
     """Steps in a row that may have a loss that is not finite."""
     tensorboard: bool = True
     """Whether metrics are written for TensorBoard, beside metrics.jsonl."""
+    sync_every: float = 1.0
+    """Seconds after which a step is on the disk, should the power fail; 0: each at once."""
     tier: Literal["device", "host", "disk"] = "device"
     """Where blocks live that do not stay on the device. It, and the next two, change no weights: a run may go on, or be
     evaluated, with others."""
@@ -154,7 +156,7 @@ class Config:
                 parse_size(self.device_memory)
             except ValueError as error:
                 raise ConfigError(f"device_memory={self.device_memory}: {error}") from None
-        for name in ("learning_rate", "weight_decay", "clip", "alpha"):
+        for name in ("learning_rate", "weight_decay", "clip", "alpha", "sync_every"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}={getattr(self, name)}: expected a finite number of at least 0")
         if not 0 < self.eps < float("inf"):
@@ -232,7 +234,14 @@ class Config:
     def as_json(self) -> dict[str, Any]:
         """What config.json holds: every field but those that change no weights; local paths are absolute."""
         values = asdict(self)
-        neutral: tuple[str, ...] = ("directory", "tensorboard", "eval_examples", "demonstrations", "scoring")
+        neutral: tuple[str, ...] = (
+            "directory",
+            "tensorboard",
+            "sync_every",
+            "eval_examples",
+            "demonstrations",
+            "scoring",
+        )
         neutral += () if self.format else ("format", "group")
         neutral += () if self.compute != "bf16" else ("compute",)
         neutral += () if self.momentum else ("momentum",)

@@ -7,7 +7,7 @@ the leaf key (see `pallas_kernels.bits`). A leaf of shape [..., n] is a matrix o
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -58,6 +58,16 @@ class Direction:
         (False, True)
         """
         return not self.targets or any(fnmatchcase(name, pattern) for pattern in self.targets)
+
+    def as_json(self) -> dict[str, Any]:
+        """What `from_json` reads.
+
+        >>> from_json(lora(8, 16).as_json()), from_json(dense("rademacher", refresh=8).as_json())
+        (lora(8, alpha=16), dense('rademacher', refresh=8))
+        """
+        z = "normal" if self.pair is bits.normal_pair else "rademacher"
+        alpha = None if self.adapter is None else self.adapter * self.rank
+        return {"z": z, "rank": self.rank, "refresh": self.refresh, "alpha": alpha, "targets": list(self.targets)}
 
     def __repr__(self) -> str:
         return self.name
@@ -141,6 +151,20 @@ def lora(rank: int = 8, alpha: float | None = None, *, targets: Sequence[str] = 
         raise ValueError(f"alpha is {alpha}, expected a positive number (one or two times the rank is usual)")
     more = f", targets={tuple(targets)}" if targets else ""
     return Direction(f"lora({rank}, alpha={alpha:g}{more})", bits.normal_pair, rank, None, alpha / rank, tuple(targets))
+
+
+def from_json(values: Mapping[str, Any]) -> Direction:
+    """The direction that `Direction.as_json` described.
+
+    Raises:
+        ValueError, KeyError: if it is something else.
+
+    >>> from_json(normal.as_json()) == normal
+    True
+    """
+    if values["alpha"] is not None:
+        return lora(values["rank"], values["alpha"], targets=values["targets"])
+    return lowrank(values["rank"], values["refresh"]) if values["rank"] else dense(values["z"], values["refresh"])
 
 
 def check_of_weights(direction: Direction) -> Direction:

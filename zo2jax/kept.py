@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 
 import jax
@@ -67,6 +68,9 @@ class Kept:
                 f"the optimizer is {optimizer.name}: momentum is in factors, expected zo2jax.lowrank with it"
             )
         layouts = layouts_of(model.blocks, format)
+        names = [f"{name}.{leaf}" for name, layout in layouts.items() for leaf, _ in layout.matrices]
+        if unknown := [target for target in direction.targets if not any(fnmatchcase(x, target) for x in names)]:
+            raise ValueError(f"targets {unknown} name no matrix, of which there are {', '.join(names[:9])}, ..")
         of_run = direction, estimator.directions, rounding, optimizer.momentum > 0
         return cls(owned_shapes(model.blocks), layouts, *of_run)
 

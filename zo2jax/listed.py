@@ -1,6 +1,7 @@
 """The dense updates of a period, beside the matrices of all blocks of a stream."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from zo2jax.masters import Masters
 from zo2jax.models.blocks import Params
 from zo2jax.pages import Layout, Place
 from zo2jax.pending import SAVED, Pending, Terms, after
-from zo2jax.updates import Rounding, Update
+from zo2jax.updates import Rounding, Update, in_order
 
 
 class Listed(Masters):
@@ -57,9 +58,9 @@ class Listed(Masters):
         """What a visit is given beside a block's pages."""
         return self._pending
 
-    def update(self, update: Update) -> None:
-        """Takes in an update."""
-        self._pending = after(self._pending, update)
+    def update(self, updates: Update, count: jax.Array) -> None:
+        """Takes in the first ``count`` updates."""
+        self._pending = _after_all(self._pending, updates, count)
 
     def take(self, name: str, changed: tuple[()]) -> None:
         """Nothing: visits change nothing of it."""
@@ -73,3 +74,6 @@ class Listed(Masters):
         if not self._layouts[name].matrices:
             return {}
         return {part: jnp.array(getattr(self._pending, part)) for part in SAVED} | super().saved(name)
+
+
+_after_all = jax.jit(partial(in_order, after))

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 _BOARD_EVERY = 10
 """Steps between two points of a training curve in TensorBoard; writing one takes a millisecond."""
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that it is there complete, or as it was.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file so that it is there complete, or as it was; durable on return.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -23,9 +24,32 @@ def write_atomically(path: Path, text: str) -> None:
     ...     (Path(folder) / "a.txt").read_text()
     'text'
     """
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(text, encoding="utf-8")
+    scratch = path.with_name(path.name + ".tmp")
+    with scratch.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(scratch, path)
+
+
+def number(value: Any) -> float | None:
+    """A finite float, or None: JSON has no NaN.
+
+    >>> number(float("nan")), number(np.float32(0.5))
+    (None, 0.5)
+    """
+    return float(value) if np.isfinite(value) else None
+
+
+def of_step(step: int, loss: Any, gradient: Any, skipped: bool) -> dict[str, Any]:
+    """What the line of a step begins with: its loss, float32 [], and projected gradients, float32 [K].
+
+    >>> of_step(1, 2.5, np.array([0.5]), False)
+    {'step': 1, 'train/loss': 2.5, 'train/projected_gradient': 0.5}
+    """
+    g = [number(x) for x in np.asarray(gradient)]
+    line = {"step": step, "train/loss": number(loss), "train/projected_gradient": g[0] if len(g) == 1 else g}
+    return line | ({"train/skipped": True} if skipped else {})
 
 
 def memory_peaks() -> dict[str, int]:
@@ -45,8 +69,8 @@ class Metrics:
 
     Args:
         directory: of the run.
-        last: the step of the checkpoint that the run goes on from; lines of later steps will be written again, so they
-            are dropped, as is a torn last line. -1 for a new run.
+        last: the last step of the run's journal; lines of later steps will be written again, so they are dropped, as is
+            a torn last line. -1 for a run that has not begun.
         tensorboard: whether events are written to ``tensorboard`` in the directory too: evaluations, and every tenth
             step.
 
@@ -61,7 +85,11 @@ class Metrics:
     def __init__(self, directory: Path, last: int, *, tensorboard: bool = False):
         """Drops what will be written again."""
         self._file = directory / "metrics.jsonl"
-        self._forget_after(last)
+        kept = self._forget_after(last)
+        self.trained = {line["step"] for line in kept if "train/loss" in line}
+        """Steps that had a line when the file was opened."""
+        self.evaluated = {line["step"]: line["eval/loss"] for line in kept if "eval/loss" in line}
+        """Held-out losses by step, None for one that was not finite."""
         self._board: Any = None
         if tensorboard:
             from tensorboardX import SummaryWriter
@@ -84,17 +112,20 @@ class Metrics:
         if self._board is not None:
             self._board.close()
 
-    def _forget_after(self, step: int) -> None:
+    def _forget_after(self, step: int) -> list[dict[str, Any]]:
+        """The lines up to a step, which are those of the file then."""
+        kept: list[dict[str, Any]] = []
         if not self._file.is_file():
-            return
-        kept = []
-        for line in self._file.read_text().splitlines():
+            return kept
+        for text in self._file.read_text().splitlines():
             try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
+                line = json.loads(text)
+                if line["step"] <= step:
+                    kept.append(line)
             except (ValueError, KeyError, TypeError):
                 continue
-        write_atomically(self._file, "".join(kept))
+        write_atomically(self._file, "".join(json.dumps(line) + "\n" for line in kept))
+        return kept
 
 
 def read_metrics(directory: str | Path) -> list[dict[str, Any]]:

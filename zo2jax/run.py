@@ -4,7 +4,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zo2jax.checkpoint import Snapshots, write_once
-from zo2jax.directions import period_key, step_keys
+from zo2jax.directions import step_keys
+from zo2jax.directory import Directory
 from zo2jax.estimators import Estimator
+from zo2jax.header import Header, digest
+from zo2jax.journal import Record
 from zo2jax.kept import Kept
-from zo2jax.metrics import Metrics, memory_peaks
+from zo2jax.metrics import Metrics, memory_peaks, number, of_step
 from zo2jax.mezo import Info, State, begin, conclude
-from zo2jax.models.blocks import forward, owned_shapes
+from zo2jax.models.blocks import Source, forward, owned_shapes
 from zo2jax.models.hub import export
 from zo2jax.models.layers import Batch
 from zo2jax.models.model import Model
@@ -27,8 +29,8 @@ from zo2jax.objectives import Generated, mean_loss, ratio
 from zo2jax.optimizers import Optimizer, as_optimizer
 from zo2jax.plan import Plan
 from zo2jax.plan.machine import measure_link
-from zo2jax.stream import Stream
 from zo2jax.updates import Rounding, Update, stochastic
+from zo2jax.weights import Weights
 
 Loss = Callable[[Any, Batch], jax.Array] | Generated
 
@@ -55,6 +57,8 @@ class StepInfo:
     """float32 []: the mean of the probes' losses, nats per token for language models."""
     projected_gradient: jax.Array
     """float32 [K]."""
+    losses: jax.Array
+    """float32 [M]: of each probe."""
     skipped: jax.Array
     """bool []."""
     tokens_per_second: float
@@ -66,11 +70,6 @@ class StepInfo:
     bytes_down: int
     """What went back."""
     update: Update
-
-
-def _number(value: Any) -> float | None:
-    """A finite float, or None: JSON has no NaN."""
-    return float(value) if np.isfinite(value) else None
 
 
 class Run:
@@ -93,12 +92,14 @@ class Run:
         key: ``jax.random.key(seed)``.
         plan: where the model's blocks live; on the device if None. It changes no weights, and may be another on resume.
         rounding: how updates of 16-bit matrices are rounded.
-        config: what describes the run; compared with config.json on resume. A description of the arguments if None.
+        config: what describes the run; compared with config.json on resume. The model's folder and the loss if None.
         loss: what is trained on instead of the model's own loss: ``fn(what the head gives, batch) -> float32
             [examples]`` (see `zo2jax.Model.with_loss`), or a `zo2jax.Generated` score of what the model writes.
         may_grow: keys of ``config`` that may be larger on resume.
         max_skipped: so many steps in a row may have a loss that is not finite, before `NonFiniteLoss` is raised.
         tensorboard: whether the metrics go to ``tensorboard`` in the directory as well.
+        sync_every: seconds after which a step is on the disk, should the power fail; 0: each at once. A process that is
+            killed loses the last step at most.
 
     Raises:
         ValueError: if the directory holds a run with another config, naming the keys; for a format or `residual`
@@ -133,66 +134,37 @@ class Run:
         may_grow: Sequence[str] = (),
         max_skipped: int = 10,
         tensorboard: bool = False,
+        sync_every: float = 1.0,
     ):
         """Opens the directory; restores the newest checkpoint if there is one."""
         optimizer = as_optimizer(optimizer)
-        bare = model.replace({})  # what is kept, without the untrained weights
-        shapes = owned_shapes(model.blocks)
         self._kept = Kept.of(model, estimator, optimizer, rounding)
-        self._generated = loss if isinstance(loss, Generated) else None
-        trained = bare if loss is None or isinstance(loss, Generated) else bare.with_loss(loss)
-        state = begin(shapes, key, estimator, optimizer)._replace(params={})
-        if config is None:
-            config = _described(model, estimator, optimizer, rounding, loss, state.key)
-        self.directory = Path(directory).expanduser()
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            write_once(self.directory / "config.json", config, may_grow)
-        except OSError as error:
-            raise type(error)(f"the run directory {self.directory} cannot be written ({error})") from error
-        self._model = bare.with_format(None)  # what is looked at is arrays
-        self._snapshots = Snapshots(self.directory / "checkpoints")
-        source: Mapping[str, Any] = model.source
-        if (last := self._snapshots.last) is not None:
-            state = self._restored(state, last)
-            source = self._kept.source(self._snapshots, last)
-        self._state = state
-        self._matrix = jnp.asarray(estimator.probes)
         self._estimator, self._optimizer = estimator, optimizer
-        self._nothing = Update(
-            _step_keys(state.key, state.step, estimator.directions, estimator.direction),
-            jnp.zeros(estimator.directions),
-            jnp.zeros(()),
-            jnp.zeros(()) if optimizer.momentum else None,
-        )
-        self._update = self._nothing  # what the weights still lack: a step applies the update of the one before it
-        self._done = int(self._state.step)
-        self._metrics = Metrics(self.directory, -1 if last is None else last, tensorboard=tensorboard)
+        self._matrix = jnp.asarray(estimator.probes)
+        self._state = begin(owned_shapes(model.blocks), key, estimator, optimizer)._replace(params={})
+        if config is None:  # the journal says all the rest
+            folder, name = model.folder, None if loss is None else getattr(loss, "__name__", str(loss))
+            config = {"model": None if folder is None else str(folder.resolve()), "loss": name}
+        header = Header.of(model, estimator, optimizer, rounding, self._state.key)
+        self._files = Directory(directory, header, config, may_grow, sync_every=sync_every)
+        self.directory = self._files.path
         self._pending: StepInfo | None = None
         self._finished: float | None = None  # when the last recorded step was done
         self._rate = float("nan")
-        self._eval_loss: dict[int, float] = {}
         self._max_skipped, self._skipped_in_row = max_skipped, 0
-        pages, self._closed = self.directory / "pages", False
-        for left_behind in pages.glob("*.page"):  # by a run that was killed
-            left_behind.unlink()
-        plan = Plan() if plan is None else plan
-        if set(plan.tiers.values()) - {"device"}:
-            measure_link()  # while no step waits
-        try:
-            self._folded = self._period(max(self._done - 1, 0))  # how often the matrices were
-            basis = self._basis(self._folded)
-            kept = None
-            if last is not None and basis is not None:
-                kept = self._kept.source_beside(self._snapshots, last)
-            how = estimator.direction, rounding, plan, pages, basis, kept, model.format, estimator.directions
-            self._stream = Stream(trained.blocks, source, *how, momentum=optimizer.momentum > 0)
-        except BaseException as error:
-            self._snapshots.close()
-            self._metrics.close()
-            if last is not None and isinstance(error, ValueError):
-                raise self._misfit(last, error) from error
-            raise
+        self._closed = False
+        self._generated = loss if isinstance(loss, Generated) else None
+        self._model = model.replace({}).with_format(None)  # what is looked at: arrays, not the untrained weights
+        trained = model if loss is None or isinstance(loss, Generated) else model.with_loss(loss)
+        with ExitStack() as on_error:
+            on_error.callback(self._files.close)
+            self._weights = self._opened(trained, plan)
+            on_error.callback(self._weights.close)
+            self._stream = self._weights.stream
+            self._replay()
+            self._metrics = Metrics(self.directory, self.steps_done or -1, tensorboard=tensorboard)
+            on_error.pop_all()
+        self._complete_metrics()
 
     def __enter__(self) -> "Run":
         """The run itself."""
@@ -205,7 +177,12 @@ class Run:
     @property
     def steps_done(self) -> int:
         """Steps done so far, those before a resume included."""
-        return self._done
+        return self._weights.done
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether the present step has a held-out loss."""
+        return self.steps_done in self._metrics.evaluated
 
     @property
     def in_files(self) -> list[str]:
@@ -215,7 +192,7 @@ class Run:
     @property
     def state(self) -> State:
         """The state of `zo2jax.mezo`, with every update applied; a copy, of the whole model."""
-        self._catch_up()
+        self._weights.settle()
         return self._state._replace(params=dict(self._stream))
 
     @property
@@ -224,14 +201,14 @@ class Run:
 
         After further steps ask again: those weights lack the last one's update.
         """
-        self._catch_up()
+        self._weights.settle()
         return self._model.replace(self._stream)
 
     def remaining(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches that were not trained on yet; a sequence is indexed, anything else is skipped through."""
         if isinstance(batches, Sequence):
-            return (batches[i] for i in range(self._done, len(batches)))
-        return itertools.islice(batches, self._done, None)
+            return (batches[i] for i in range(self.steps_done, len(batches)))
+        return itertools.islice(batches, self.steps_done, None)
 
     def step(self, batch: Any) -> StepInfo:
         """One step: the last step's update and this one's probes, block by block, from one read of the weights.
@@ -242,25 +219,22 @@ class Run:
             ValueError: for a batch without targets. It, and any batch that the model cannot take, changes no weights.
             NonFiniteLoss: after ``max_skipped`` steps in a row without a finite loss; they changed no weights.
         """
-        keys = _step_keys(self._state.key, self._state.step, self._estimator.directions, self._estimator.direction)
-        self._fold()
+        keys = self._keys()
+        self._weights.begin()
         up, down = self._stream.bytes_up, self._stream.bytes_down
         sums = self._losses(keys, batch)
         up, down = self._stream.bytes_up - up, self._stream.bytes_down - down
-        how, state = (self._estimator, self._optimizer), self._state
-        info, opt_state, step = _conclude(*how, keys, sums, state.opt_state, state.step)
+        info, state = self._concluded(keys, sums)
         self._record(self._pending)  # the one before; if that fails, this one was not done
-        self._update, self._state = info.update, state._replace(opt_state=opt_state, step=step)
-        self._done += 1
-        loss, gradient = info.loss, info.projected_gradient
-        self._pending = StepInfo(
-            self._done, loss, gradient, info.skipped, self._rate, _tokens(batch), up, down, info.update
-        )
+        self._state = state
+        self._weights.take(info.update)
+        found = info.loss, info.projected_gradient, info.losses, info.skipped
+        self._pending = StepInfo(self.steps_done, *found, self._rate, _tokens(batch), up, down, info.update)
         if self._skipped_in_row >= self._max_skipped:
             raise NonFiniteLoss(
                 f"the loss or its coefficients were not finite in {self._skipped_in_row} steps in a row, up to step "
-                f"{self._done - 1}; these steps changed no weights. Try a smaller eps or learning_rate, or look at the "
-                "data"
+                f"{self.steps_done - 1}; these steps changed no weights. Try a smaller eps or learning_rate, or look "
+                "at the data"
             )
         return self._pending
 
@@ -276,13 +250,13 @@ class Run:
             visit = self._stream.visits(self._model.blocks)
             sums = [self._generated.sums(self._model, visit, batch) for batch in batches]
             loss = ratio([(total[0], count[0]) for total, count in sums])
-        self._eval_loss = {self._done: loss}
-        self._metrics.write({"step": self._done, "eval/loss": _number(loss)})
+        self._metrics.evaluated[self.steps_done] = loss
+        self._metrics.write({"step": self.steps_done, "eval/loss": number(loss)})
         return loss
 
     def flush(self) -> None:
         """Applies the last step's update, waits for it, and writes the step's metrics."""
-        self._catch_up()
+        self._weights.settle()
         previous, self._pending = self._pending, None
         self._record(previous)
         self._finished, self._rate = None, float("nan")
@@ -293,9 +267,10 @@ class Run:
         Evaluate before saving: a step that is saved already is not saved again.
         """
         self.flush()
-        loss = self._eval_loss.get(self._done)
+        self._files.journal.sync()  # which no checkpoint is ahead of
+        loss = self._metrics.evaluated.get(self.steps_done)
         metrics = {} if loss is None or not np.isfinite(loss) else {"eval/loss": loss}
-        self._snapshots.save(self._state, self._kept.entries(self._stream), metrics)
+        self._files.snapshots.save(self._state, self._kept.entries(self._stream), metrics)
 
     def export(self, folder: str | Path) -> Path:
         """Writes the present weights as a Hugging Face folder; see `zo2jax.models.hub.export`."""
@@ -303,85 +278,104 @@ class Run:
         return export(self.model, folder)
 
     def close(self) -> None:
-        """Writes the last step's metrics, and lets go of the model. What was not saved or exported is gone."""
+        """Writes the last step to the journal and the metrics, and lets go of the model and the directory."""
         if self._closed:
             return
         self._closed = True
         with ExitStack() as stack:  # each is closed, whatever becomes of the others
-            for part in (self._metrics, self._snapshots, self._stream):
+            for part in (self._files, self._metrics, self._weights):
                 stack.callback(part.close)
             self._record(self._pending)
 
     def _losses(self, keys: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
         """(sums of losses, counts) of the members [M]; the weights have every update then."""
         if self._generated is not None:
-            self._catch_up()
+            self._weights.settle()
             visit = self._stream.probe_visits((keys, self._matrix))
             return self._generated.sums(self._model, visit, batch, len(self._matrix))
         batch = jax.device_put(batch)  # may refuse what is no batch
-        update, self._update = self._update, self._nothing
-        sums = self._stream.train(update, (keys, self._matrix), batch)
+        sums = self._weights.train((keys, self._matrix), batch)
         if not isinstance(sums, tuple):
             raise ValueError(f"a batch of {sorted(batch)} has no loss: expected 'ids' and 'targets'")
         return sums
 
-    def _catch_up(self) -> None:
-        """Applies the update that the weights still lack."""
-        update, self._update = self._update, self._nothing
-        if update is not self._nothing:
-            self._stream.apply(update)
+    def _keys(self) -> jax.Array:
+        """Of the directions of the next step."""
+        state, estimator = self._state, self._estimator
+        return _step_keys(state.key, state.step, estimator.directions, estimator.direction)
 
-    def _period(self, step: int) -> int:
-        """How many periods of a direction with a refresh came before that of a step."""
-        return step // refresh if (refresh := self._estimator.direction.refresh) else 0
+    def _concluded(self, keys: jax.Array, sums: Any) -> tuple[Info, State]:
+        """What a step found, from (loss sums, counts) of its members, and the state after it."""
+        how, state = (self._estimator, self._optimizer), self._state
+        info, opt_state, step = _conclude(*how, keys, sums, state.opt_state, state.step)
+        return info, state._replace(opt_state=opt_state, step=step)
 
-    def _basis(self, period: int) -> jax.Array | None:
-        """The key of a period of a direction with which matrices are only read."""
-        direction = self._estimator.direction
-        step = jnp.uint32(period * (direction.refresh or 1))
-        return period_key(self._state.key, step, direction) if direction.read_only else None
-
-    def _fold(self) -> None:
-        """Where a period begins: takes the updates of the last one into matrices that were only read."""
-        period = self._period(self._done)
-        if period != self._folded:
-            self._catch_up()
-            basis = self._basis(period)
-            assert basis is not None
-            self._stream.fold(basis)
-            self._folded = period
-
-    def _restored(self, like: State, step: int) -> State:
+    def _opened(self, model: Model, plan: Plan | None) -> Weights:
+        """The weights of the newest checkpoint; without one, the model's own, with which the journal begins."""
+        snapshots, last = self._files.snapshots, self._files.snapshots.last
+        for left_behind in (self.directory / "pages").glob("*.page"):  # by a run that was killed
+            left_behind.unlink()
+        if plan is not None and set(plan.tiers.values()) - {"device"}:
+            measure_link()  # while no step waits
+        where: dict[str, Any] = {"plan": plan, "pages": self.directory / "pages"}
+        if last is None:
+            base: dict[str, str] = {}
+            source = Source.of(model.source).observed(lambda name, leaves: base.update({name: digest(leaves)}))
+            weights = Weights(replace(model, source=source), self._kept, self._state.key, **where)
+            try:
+                for name in weights.stream.in_files:  # nobody has read them yet
+                    source.coded(name) if model.format is not None else source[name]
+                self._files.begin(base)
+            except BaseException:
+                weights.close()
+                raise
+            return weights
         try:
-            return self._snapshots.restore(like, step)
+            self._state = snapshots.restore(self._state, last)
+            source, beside = (read(snapshots, last) for read in (self._kept.source, self._kept.source_beside))
+            how = self._kept, self._state.key
+            return Weights(replace(model, source=source), *how, done=last, beside=beside, **where)
         except ValueError as error:
-            self._snapshots.close()
-            raise self._misfit(step, error) from error
+            raise ValueError(
+                f"the checkpoint of step {last} in {self.directory} does not fit this model and optimizer ({error}): "
+                "use those that it was made with, or another directory"
+            ) from error
 
-    def _misfit(self, step: int, error: ValueError) -> ValueError:
-        return ValueError(
-            f"the checkpoint of step {step} in {self.directory} does not fit this model and optimizer ({error}): "
-            "use those that it was made with, or another directory"
-        )
+    def _replay(self) -> None:
+        """Takes the steps of the journal that are later than the weights."""
+        journal = self._files.journal
+        for step in range(self.steps_done, len(journal)):
+            self._state = self._concluded(self._keys(), self._sums_of(journal.record(step)))[1]
+        self._weights.replay(journal, len(journal))
+
+    def _sums_of(self, record: Record) -> tuple[jax.Array, jax.Array]:
+        """What the program of a step is given to find what it found then: losses are sums over a count of 1."""
+        return jnp.asarray(record.losses), jnp.ones(len(self._matrix))
+
+    def _complete_metrics(self) -> None:
+        """Writes the lines of steps that the journal has and the metrics lack, as when the run was killed between."""
+        for step in sorted(set(range(1, self.steps_done + 1)) - self._metrics.trained):
+            record = self._files.journal.record(step - 1)
+            info = self._concluded(self._keys(), self._sums_of(record))[0]
+            self._metrics.write(of_step(step, info.loss, info.projected_gradient, record.skipped))
 
     def _record(self, info: StepInfo | None) -> None:
         if info is None:
             return
-        skipped = bool(info.skipped)  # waits for the step
+        update, parts = info.update, (info.loss, info.projected_gradient, info.losses)
+        wanted = (*parts, update.coefs, update.decay, info.skipped)
+        loss, gradient, losses, coefs, decay, skipped = jax.device_get(wanted)  # waits for the step
         now = time.perf_counter()
         seconds = float("nan") if self._finished is None else now - self._finished
         self._finished, self._rate = now, info.tokens / seconds
-        gradient = [_number(g) for g in np.asarray(info.projected_gradient)]
-        line: dict[str, Any] = {
-            "step": info.step,
-            "train/loss": _number(info.loss),
-            "train/projected_gradient": gradient[0] if len(gradient) == 1 else gradient,
-            "tokens_per_second": _number(self._rate),
-        }
+        if info.step > len(self._files.journal):  # or its metrics could not be written
+            self._files.journal.append(Record(losses, coefs, decay, bool(skipped)))
+        line = of_step(info.step, loss, gradient, bool(skipped))
+        line["tokens_per_second"] = number(self._rate)
         if moved := info.bytes_up + info.bytes_down:
-            share = _number(moved / seconds / measure_link().both)
+            share = number(moved / seconds / measure_link().both)
             line |= {"link/bytes_up": info.bytes_up, "link/bytes_down": info.bytes_down, "link/share": share}
-        self._metrics.write(line | memory_peaks() | ({"train/skipped": True} if skipped else {}))
+        self._metrics.write(line | memory_peaks())
         self._skipped_in_row = self._skipped_in_row + 1 if skipped else 0
 
 
@@ -402,18 +396,3 @@ def _tokens(batch: Any) -> int:
     """How many tokens a batch holds: the size of ``ids``, or of its first array."""
     leaf = batch["ids"] if isinstance(batch, Mapping) and "ids" in batch else jax.tree.leaves(batch)[0]
     return int(np.size(leaf))
-
-
-def _described(
-    model: Model, estimator: Estimator, optimizer: Optimizer, rounding: Rounding, loss: Loss | None, key: jax.Array
-) -> dict[str, Any]:
-    """The config of a run that was given none."""
-    return {
-        "model": None if model.folder is None else str(model.folder.resolve()),
-        "estimator": str(estimator),
-        "optimizer": optimizer.name,
-        "rounding": str(rounding),
-        **({} if model.format is None else {"format": str(model.format)}),
-        "loss": None if loss is None else getattr(loss, "__name__", str(loss)),
-        "key": jax.random.key_data(key).tolist(),
-    }

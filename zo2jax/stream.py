@@ -178,7 +178,8 @@ class Stream(Mapping[str, Params]):
             self.apply(update)
             raise
         self._torn, carry = True, None
-        self._begin_update(update)
+        if self._sums is not None:
+            self._sums.update(_alone(update), jnp.int32(1))
         for i in range(len(self.blocks)):
             held, tied = self._take(i), self._tied(i)
             (changed, self._rest[i]), carry, done = self._visit(
@@ -200,20 +201,28 @@ class Stream(Mapping[str, Params]):
 
     def apply(self, update: Update) -> None:
         """Applies ``update`` to all blocks."""
+        self.replay(_alone(update), 1)
+
+    def replay(self, updates: Update, count: int) -> None:
+        """Applies updates, each block taking all of them in one visit.
+
+        Args:
+            updates: arrays with another axis in front; each length is compiled once.
+            count: of those that are applied, from the first on.
+        """
         self._check_whole()
         self._torn = True
-        self._apply(update)
-        self._torn = False
-
-    def _apply(self, update: Update) -> None:
-        self._begin_update(update)
+        how, given = self._how, (updates, jnp.int32(count))
+        if self._sums is not None:
+            self._sums.update(*given)
         for i, (stage, ids) in enumerate(zip(self._stages, self._ids, strict=True)):
             if self._sums is not None:
-                changed, self._rest[i] = visits.add(stage, self._rest[i], self._beside(i), ids, update, **self._how)
+                changed, self._rest[i] = visits.add(stage, self._rest[i], self._beside(i), ids, *given, **how)
                 self._changed(i, changed)
                 continue
-            pages, self._rest[i] = visits.apply(stage, *self._take(i), ids, update, **self._how)
+            pages, self._rest[i] = visits.apply(stage, *self._take(i), ids, *given, **how)
             self._put(i, pages, None)
+        self._torn = False
 
     def fold(self, basis: jax.Array) -> None:
         """Takes what is beside the pages into them, and begins another period with this key (typed, [])."""
@@ -232,11 +241,6 @@ class Stream(Mapping[str, Params]):
         self.bytes_up, self.bytes_down = map(sum, zip((self.bytes_up, self.bytes_down), *moved, strict=True))
         self._sums.restart(basis)
         self._torn = False
-
-    def _begin_update(self, update: Update) -> None:
-        """Takes in what an update changes of all matrices, if they are only read."""
-        if self._sums is not None:
-            self._sums.update(update)
 
     def _changed(self, i: int, changed: Any) -> Pages | None:
         """The pages that a training visit changed."""
@@ -327,7 +331,7 @@ class Stream(Mapping[str, Params]):
 
     def _read(self, source: Mapping[str, Params], kept: Mapping[str, Params], *, coded: bool, fixed: bool) -> None:
         """Puts the blocks into their tiers: the largest first, while there is room for what reading takes."""
-        made = source if isinstance(source, Source) else Source({x: partial(source.__getitem__, x) for x in source})
+        made = Source.of(source)
 
         def read(i: int) -> None:
             name = self.blocks[i].name
@@ -399,3 +403,9 @@ class Stream(Mapping[str, Params]):
                 raise
             del self._leaving[i]
         jax.block_until_ready([x for x in self._last.pop(i, []) if not x.is_deleted()])
+
+
+@jax.jit
+def _alone(update: Update) -> Update:
+    """With another axis in front."""
+    return jax.tree.map(lambda x: x[None], update)

@@ -80,14 +80,13 @@ def train(config: Config, console: Console | None = None) -> Result:
             _report(console, 0, run.evaluate(data.held_out), data.unit)
         else:
             console.print(f"going on after step {run.steps_done} in {run.directory}")
+            _check(run, config, data, console)  # the run may have been killed before it did
         with _Display(console, config, run.steps_done) as display:
             try:
                 for batch in run.remaining(data.batches):
                     info = run.step(batch)
                     display.show(info)
-                    if info.step % config.eval_every == 0 or info.step == config.steps:
-                        _report(console, info.step, run.evaluate(data.held_out), data.unit)
-                        run.save()
+                    _check(run, config, data, console)
                     if interrupted.is_set():
                         break
             except Exception:
@@ -169,6 +168,7 @@ def _open_run(config: Config, model: Model, data: Prepared, plan: Plan) -> Run:
         may_grow=config.may_grow(),
         max_skipped=config.max_skipped,
         tensorboard=config.tensorboard,
+        sync_every=config.sync_every,
     )
 
 
@@ -303,6 +303,14 @@ def _running_mean(values: tuple[float, ...]) -> list[float]:
         total, weight = keep * total + value, keep * weight + 1
         means.append(total / weight)
     return means
+
+
+def _check(run: Run, config: Config, data: Prepared, console: Console) -> None:
+    """Evaluates and saves where it is time to, unless that was done."""
+    if run.steps_done % config.eval_every == 0 or run.steps_done == config.steps:
+        if not run.evaluated:
+            _report(console, run.steps_done, run.evaluate(data.held_out), data.unit)
+        run.save()
 
 
 def _report(console: Console, step: int, loss: float, unit: str) -> None:

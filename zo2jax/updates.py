@@ -47,6 +47,18 @@ class Update(NamedTuple):
     update, which moves nothing, the momentum included."""
 
 
+def in_order(one: Callable[[Any, Update], Any], held: Any, updates: Update, count: Any) -> Any:
+    """``held = one(held, update)`` for the first ``count`` of updates, whose arrays have another axis in front.
+
+    >>> updates = Update(jax.random.split(jax.random.key(0), 3)[:, None], jnp.ones((3, 1)), jnp.zeros(3))
+    >>> in_order(lambda total, update: total + update.coefs, jnp.zeros(1), updates, 2).tolist()
+    [2.0]
+    """
+    if len(updates.decay) == 1:  # without a loop, which takes longer to compile and to run
+        return one(held, jax.tree.map(lambda x: x[0], updates))
+    return lax.fori_loop(0, count, lambda i, held: one(held, jax.tree.map(lambda x: x[i], updates)), held)
+
+
 @dataclass(frozen=True)
 class Rounding:
     """How float32 results become 16-bit weights; float32 leaves are never rounded.

@@ -18,7 +18,7 @@ from zo2jax.models.quantized import Quantized
 from zo2jax.pages import Layout, Place
 from zo2jax.pending import Pending
 from zo2jax.probes import Matrices
-from zo2jax.updates import Rounding, Update, move
+from zo2jax.updates import Rounding, Update, in_order, move
 
 ReadOnly = Beside | Pending
 """What a visit is given beside pages that are only read, of low-rank or of dense directions."""
@@ -173,23 +173,34 @@ def shapes_of(tree: Any) -> Any:
 
 @partial(jax.jit, static_argnames=_STATIC, donate_argnames=("pages", "rest"))
 def apply(
-    stage: Stage, pages: Any, rest: Any, ids: Any, update: Update, direction: Direction, rounding: Rounding
-) -> Any:
-    """A block after an update: (pages, rest)."""
+    stage: Stage, pages: Any, rest: Any, ids: Any, updates: Update, count: jax.Array, direction: Direction,
+    rounding: Rounding,
+) -> Any:  # fmt: skip
+    """A block after the first ``count`` of updates, whose arrays have another axis in front: (pages, rest)."""
     how: dict[str, Any] = {"direction": direction, "rounding": rounding}
     places = [place for _, place in stage.layout.matrices]
-    rest, _ = move(rest, ids[1], update, **how)
-    return Matrices(places, pages, ids[0], update, (None, None), **how).settle_all(), rest
+
+    def one(held: Any, update: Update) -> Any:
+        rest, _ = move(held[1], ids[1], update, **how)
+        return Matrices(places, held[0], ids[0], update, (None, None), **how).settle_all(), rest
+
+    return in_order(one, (pages, rest), updates, count)
 
 
 @partial(jax.jit, static_argnames=_STATIC, donate_argnames="rest")
 def add(
-    stage: Stage, rest: Any, beside: ReadOnly, ids: Any, update: Update, direction: Direction, rounding: Rounding
-) -> Any:
-    """What changes of a block whose pages are only read: (what is kept of its matrices, rest) after an update."""
+    stage: Stage, rest: Any, beside: ReadOnly, ids: Any, updates: Update, count: jax.Array, direction: Direction,
+    rounding: Rounding,
+) -> Any:  # fmt: skip
+    """What changes of a block whose pages are only read, as `apply` does: (what is kept of its matrices, rest)."""
     places = [place for _, place in stage.layout.matrices]
-    rest, _ = move(rest, ids[1], update, direction=direction, rounding=rounding)
-    return beside.matrices(places, (), ids[0], update, (None, None), direction).settle_all(), rest
+
+    def one(held: Any, update: Update) -> Any:
+        rest, _ = move(held[1], ids[1], update, direction=direction, rounding=rounding)
+        now = beside._replace(own=held[0]) if isinstance(beside, Beside) else beside
+        return now.matrices(places, (), ids[0], update, (None, None), direction).settle_all(), rest
+
+    return in_order(one, (beside.own if isinstance(beside, Beside) else (), rest), updates, count)
 
 
 @partial(jax.jit, static_argnames=_STATIC, donate_argnames="cache")

@@ -130,7 +130,16 @@ class Source(Mapping[str, Params]):
         """Reads nothing."""
         self._readers, self.concurrent = dict(readers), concurrent
         self._codes = self._readers if codes is None else codes
-        self._extents, self._others = extents or {}, self._readers if others is None else others
+        self._extents, self._others = extents or {}, dict(self._readers if others is None else others)
+
+    @classmethod
+    def of(cls, source: Mapping[str, Params]) -> "Source":
+        """The source itself, or one that asks another mapping, which is read one block at a time.
+
+        >>> Source.of({"norm": {"w": 2.0}})["norm"]
+        {'w': 2.0}
+        """
+        return source if isinstance(source, cls) else cls({name: partial(source.__getitem__, name) for name in source})
 
     def coded(self, block: str) -> Params:
         """Reads one block, in which codes are as they are."""
@@ -144,6 +153,22 @@ class Source(Mapping[str, Params]):
         ({'w': {'codes': 1, 'scale': 2.0}}, {'w': 2.0})
         """
         return Source(self._readers, concurrent=self.concurrent)
+
+    def observed(self, see: Callable[[str, Params], None]) -> "Source":
+        """The same, which calls ``see(block, leaves)`` when a block has been read.
+
+        >>> source, seen = Source({"norm": lambda: {"w": 2.0}}), []
+        >>> source.observed(lambda *read: seen.append(read))["norm"], seen
+        ({'w': 2.0}, [('norm', {'w': 2.0})])
+        """
+
+        def shown(block: str, read: Callable[[], Params]) -> Params:
+            leaves = read()
+            see(block, leaves)
+            return leaves
+
+        readers, codes = ({n: partial(shown, n, r) for n, r in of.items()} for of in (self._readers, self._codes))
+        return Source(readers, concurrent=self.concurrent, codes=codes, extents=self._extents, others=self._others)
 
     def extents(self, block: str) -> Mapping[str, Extent]:
         """Where leaves of a block lie in files, by dotted name; reads nothing."""

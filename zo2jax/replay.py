@@ -1,0 +1,128 @@
+"""Replay: the weights of any step of a run, from its base weights and its journal."""
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from zo2jax.directions import from_json
+from zo2jax.formats import from_json as format_of
+from zo2jax.header import digest, structure
+from zo2jax.journal import JournalError, Recorded
+from zo2jax.kept import Kept
+from zo2jax.models.blocks import Params, Source, owned_shapes
+from zo2jax.models.hub import load
+from zo2jax.models.model import Model
+from zo2jax.pages import layouts_of
+from zo2jax.updates import nearest, residual, stochastic
+from zo2jax.weights import Weights
+
+
+def read_journal(path: str | Path) -> Recorded:
+    """The journal in a file, or in the directory of a run.
+
+    Raises:
+        FileNotFoundError, JournalError: see `zo2jax.journal.Recorded`.
+
+    >>> read_journal("no/such/run")
+    Traceback (most recent call last):
+    ...
+    FileNotFoundError: no/such/run: expected a journal, a .zo file, or the directory of a run
+    """
+    found = Path(path).expanduser()
+    found = found / "journal" if found.is_dir() else found
+    if not found.is_file():
+        raise FileNotFoundError(f"{path}: expected a journal, a .zo file, or the directory of a run")
+    return Recorded(found)
+
+
+def base_of(folder: str | Path, journal: Recorded) -> Model:
+    """The model of a Hugging Face folder, in the dtype and format that a journal is about.
+
+    Raises:
+        FileNotFoundError, ValueError: see `zo2jax.load`.
+    """
+    header = journal.header
+    return load(folder, dtype=header.dtype).with_format(None if header.format is None else format_of(header.format))
+
+
+def replay(model: Model, journal: str | Path | Recorded, *, step: int | None = None) -> Model:
+    """The model after the steps of a journal: the same bits as the run's, on any backend.
+
+    Nothing is computed before it is asked for: a block is read, takes the updates of all steps while it is there, and
+    is let go, so that it does not matter how large the model is. Its matrices take up to 64 updates in one program.
+    Each block is compared with what the run began with when it is read. The weights are known from coefficients and
+    addresses alone (MeZO, arXiv 2305.17333, section 2.1); no data are needed.
+
+    Args:
+        model: the one that the run began with, in its dtype and format.
+        journal: a file, the directory of a run, or what `read_journal` gives.
+        step: after so many steps; all if None.
+
+    Raises:
+        ValueError: for a journal of another model, a step that it does not have, and, when a block is read, for other
+            weights than those that the run began with.
+
+    >>> import tempfile, numpy as np, zo2jax as zo
+    >>> from zo2jax.demo import model_folder
+    >>> batch = {"ids": np.ones((2, 8), np.int32), "targets": np.ones((2, 8), np.int32)}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     model, how = zo.load(model_folder()), {"directory": folder, "key": jax.random.key(0)}
+    ...     with zo.Run(model, zo.two_point(1e-3), zo.sgd(1e-6), **how) as run:
+    ...         for _ in range(3):
+    ...             info = run.step(batch)
+    ...         trained = run.model.params["embed"]["weight"]
+    ...     found = replay(model, folder).params["embed"]["weight"]
+    >>> bool((found == trained).all())
+    True
+    """
+    journal = journal if isinstance(journal, Recorded) else read_journal(journal)
+    header, steps = journal.header, len(journal) if step is None else step
+    if not 0 <= steps <= len(journal):
+        raise ValueError(f"{journal.path} has {len(journal)} steps: step {steps} is not among them")
+    format = None if model.format is None else model.format.as_json()
+    mine = replace(header, model=structure(model), dtype=str(model.dtype), format=format)
+    journal.check(mine)
+    readers = {block.name: partial(_replayed, model, journal, steps, block.name) for block in model.blocks}
+    return replace(model, source=Source(readers), format=None)
+
+
+def pack(run: str | Path, file: str | Path, *, step: int | None = None) -> Path:
+    """Writes a run, or its first ``step`` steps, as one small file: its journal, with its present config.
+
+    Raises:
+        FileNotFoundError, FileExistsError, ValueError: if there is no such run, something of this name, no such step.
+    """
+    journal, path = read_journal(run), Path(file).expanduser()
+    config = journal.path.parent / "config.json"
+    journal.copy(path, step, json.loads(config.read_text()) if config.is_file() else None)
+    return path
+
+
+def _replayed(model: Model, journal: Recorded, steps: int, name: str) -> Params:
+    """The leaves of a block after so many steps."""
+    header = journal.header
+
+    def check(name: str, leaves: Params) -> None:
+        if (found := digest(leaves)) != header.base[name]:
+            raise JournalError(
+                f"block {name} of the model is not what the run of {journal.path} began with (its hash is {found}, "
+                f"expected {header.base[name]}): use that model"
+            )
+
+    block = next(block for block in model.blocks if block.name == name)
+    block = replace(block, shapes=owned_shapes([block])[name], aliases={})  # tied leaves move where they are owned
+    alone = replace(model, blocks=(block,), source=Source.of(model.source).observed(check))
+    rounding = {str(one): one for one in (nearest, residual, stochastic)}[header.rounding]
+    of_run = from_json(header.direction), header.directions, rounding, header.momentum > 0
+    kept = Kept(owned_shapes([block]), layouts_of([block], model.format), *of_run)
+    key = jax.random.wrap_key_data(jnp.array(header.key, jnp.uint32), impl="threefry2x32")
+    weights = Weights(alone, kept, key)
+    try:
+        weights.replay(journal, steps)
+        return weights.stream[name]
+    finally:
+        weights.close()

@@ -1,0 +1,110 @@
+"""The weights of a run after some steps: a stream, the update that it lacks yet, and its folds."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from zo2jax.directions import period_key
+from zo2jax.journal import Recorded
+from zo2jax.kept import Kept
+from zo2jax.models.blocks import Source
+from zo2jax.models.layers import Batch
+from zo2jax.models.model import Model
+from zo2jax.plan import Plan
+from zo2jax.stream import Stream
+from zo2jax.updates import Update
+
+_AT_A_TIME = 64
+"""Updates that a block takes in one visit of a replay."""
+
+
+class Weights:
+    """Weights that take one update after the other, each with the next step's probes or when somebody looks.
+
+    Args:
+        model: blocks, format, and the weights after ``done`` steps, in the form of ``kept``.
+        kept: how a run keeps them.
+        key: of the run, typed.
+        done: steps.
+        beside: what is beside the matrices, by block; nothing if None.
+        plan: where the blocks live.
+        pages: the folder for page files, if there are any.
+
+    Raises:
+        StoreError: see `zo2jax.stream.Stream`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        kept: Kept,
+        key: jax.Array,
+        *,
+        done: int = 0,
+        beside: Source | None = None,
+        plan: Plan | None = None,
+        pages: Path | None = None,
+    ):
+        """Reads the weights into their tiers."""
+        self.done = done
+        """Steps whose updates the weights have; but for the last one's, perhaps, which they lack yet."""
+        self._direction, self._key = kept.direction, key
+        self._period = self._period_of(max(done - 1, 0))
+        plan = Plan() if plan is None else plan
+        how = kept.direction, kept.rounding, plan, pages, self._basis(), beside, model.format, kept.directions
+        self.stream = Stream(model.blocks, model.source, *how, momentum=kept.momentum)
+        shape = (kept.directions, 2) if kept.direction.rank else (kept.directions,)
+        fresh = jnp.zeros(()) if kept.momentum else None
+        self._nothing = Update(jnp.broadcast_to(key, shape), jnp.zeros(kept.directions), jnp.zeros(()), fresh)
+        self._lacking = self._nothing
+
+    def begin(self) -> None:
+        """Where a period begins with the next step: takes the updates of the last one into the matrices."""
+        period = self._period_of(self.done)
+        if period != self._period:
+            self.settle()
+            self._period = period
+            basis = self._basis()
+            assert basis is not None, "only directions with which matrices are only read have periods"
+            self.stream.fold(basis)
+
+    def train(self, probes: tuple[jax.Array, jax.Array], batch: Batch) -> Any:
+        """What the last block gives for the probes of the weights with every update, see `Stream.train`."""
+        update, self._lacking = self._lacking, self._nothing
+        return self.stream.train(update, probes, batch)
+
+    def take(self, update: Update) -> None:
+        """The update of a step, which is applied later."""
+        self._lacking = update
+        self.done += 1
+
+    def settle(self) -> None:
+        """Applies what the weights lack."""
+        update, self._lacking = self._lacking, self._nothing
+        if update is not self._nothing:
+            self.stream.apply(update)
+
+    def replay(self, journal: Recorded, until: int) -> None:
+        """Takes the updates of a journal's steps from ``done`` on; each block takes many of them in one visit."""
+        while self.done < until:
+            self.begin()
+            end = min(until, self.done + _AT_A_TIME)
+            if refresh := self._direction.refresh:
+                end = min(end, (self.done // refresh + 1) * refresh)
+            self.stream.replay(journal.updates(self.done, end, _AT_A_TIME), end - self.done)
+            self.done = end
+
+    def close(self) -> None:
+        """Lets go of host memory and page files."""
+        self.stream.close()
+
+    def _period_of(self, step: int) -> int:
+        """How many periods of a direction with a refresh came before that of a step."""
+        return step // refresh if (refresh := self._direction.refresh) else 0
+
+    def _basis(self) -> jax.Array | None:
+        """The key of the present period of a direction with which matrices are only read."""
+        step = jnp.uint32(self._period * (self._direction.refresh or 1))
+        return period_key(self._key, step, self._direction) if self._direction.read_only else None
