@@ -146,7 +146,7 @@ def test_a_second_ctrl_c_interrupts(arguments, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(Run, "step", impatient_step)
     assert cli.main(arguments()) == 130
-    assert "goes on from its last checkpoint" in capsys.readouterr().err
+    assert "goes on after its last step" in capsys.readouterr().err
     assert train.trained_model(tmp_path / "run")[0] == 4
 
 

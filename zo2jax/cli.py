@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"zo2jax: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("zo2jax: interrupted; a run goes on from its last checkpoint by the same command", file=sys.stderr)
+        print("zo2jax: interrupted; a run goes on after its last step by the same command", file=sys.stderr)
         return _INTERRUPTED
 
 

@@ -75,10 +75,11 @@ class StepInfo:
 class Run:
     """Trains a model in a directory, and goes on where an earlier run in the same directory stopped.
 
-    The directory holds ``config.json``, ``metrics.jsonl`` (one JSON object a line) and ``checkpoints``. The model's
-    source (`zo2jax.load` reads nothing before it is asked) is read block by block into the tiers of the plan, so that
-    there is never a second model in memory; `model` gives the trained one at any time. The same calls with the same
-    directory resume, to the same weights as if nothing had happened.
+    The directory holds ``config.json``, a ``journal`` of all steps (`zo2jax.journal`), ``metrics.jsonl`` (one JSON
+    object a line) and ``checkpoints``; only one process may train in it at a time. The model's source (`zo2jax.load`
+    reads nothing before it is asked) is read block by block into the tiers of the plan, so that there is never a second
+    model in memory; `model` gives the trained one at any time. The same calls with the same directory resume after the
+    last step of the journal, saved or not, to the same weights as if nothing had happened.
 
     With low-rank directions, or dense ones that have a refresh, matrices are only read, and the updates of a period
     stay beside them; see `zo2jax.factored` and `zo2jax.pending`. A model with a format (`zo2jax.Model.with_format`)
@@ -102,8 +103,9 @@ class Run:
             killed loses the last step at most.
 
     Raises:
-        ValueError: if the directory holds a run with another config, naming the keys; for a format or `residual`
-            rounding with directions for which matrices are not only read; for momentum without low-rank ones.
+        ValueError: if the directory holds another run, naming what differs, or one that is damaged; for a format or
+            `residual` rounding with directions with which matrices also change; for momentum without low-rank ones.
+        BlockingIOError: if another process trains in the directory.
         PermissionError: if the directory cannot be written.
 
     >>> import tempfile, zo2jax as zo

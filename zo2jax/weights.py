@@ -34,6 +34,15 @@ class Weights:
 
     Raises:
         StoreError: see `zo2jax.stream.Stream`.
+
+    >>> import zo2jax as zo
+    >>> model = zo.blocks([(lambda p, x: p["w"] * x, {"w": jnp.ones((2, 2))})], loss=lambda y, batch: y.sum())
+    >>> kept = Kept.of(model, zo.two_point(1e-3), zo.sgd(1e-3), zo.nearest)
+    >>> weights, zero = Weights(model, kept, jax.random.key(0)), jnp.zeros(())
+    >>> weights.take(Update(jax.random.split(jax.random.key(0), 1), jnp.zeros(1), zero + 0.25))  # a decay of a quarter
+    >>> weights.settle()
+    >>> [leaves["w"].tolist() for leaves in weights.stream.values()], weights.done
+    ([[[0.75, 0.75], [0.75, 0.75]]], 1)
     """
 
     def __init__(
