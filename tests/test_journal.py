@@ -188,7 +188,8 @@ def test_killed_at_any_moment(setting, where, straight, tmp_path):
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")  # shown if the test fails
     draw = random.Random(seed)
-    cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    # A folder of its own: what a process was killed at while it wrote there would be damaged for all tests.
+    cache = {"JAX_COMPILATION_CACHE_DIR": f"{jax.config.jax_compilation_cache_dir}-by-killed"}
     number = draw.randint(1, CALLS[where])
     arguments = [setting, str(tmp_path), where, str(number)]
     command = [sys.executable, str(Path(__file__).parent / "killing.py"), *arguments]
