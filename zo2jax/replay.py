@@ -67,17 +67,17 @@ def replay(model: Model, journal: str | Path | Recorded, *, step: int | None = N
             weights than those that the run began with.
 
     >>> import tempfile, numpy as np, zo2jax as zo
-    >>> from zo2jax.demo import model_folder
-    >>> batch = {"ids": np.ones((2, 8), np.int32), "targets": np.ones((2, 8), np.int32)}
+    >>> start, target = {"w": np.zeros((2, 2), np.float32)}, {"t": np.ones((2, 2), np.float32)}
+    >>> model = zo.blocks([(lambda p, _: p["w"], start)], loss=lambda w, batch: jnp.sum((w - batch["t"]) ** 2))
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     model, how = zo.load(model_folder()), {"directory": folder, "key": jax.random.key(0)}
-    ...     with zo.Run(model, zo.two_point(1e-3), zo.sgd(1e-6), **how) as run:
+    ...     how = {"directory": folder, "key": jax.random.key(0)}
+    ...     with zo.Run(model, zo.two_point(1e-3), zo.sgd(0.1), **how) as run:
     ...         for _ in range(3):
-    ...             info = run.step(batch)
-    ...         trained = run.model.params["embed"]["weight"]
-    ...     found = replay(model, folder).params["embed"]["weight"]
-    >>> bool((found == trained).all())
-    True
+    ...             info = run.step(target)
+    ...         trained = dict(run.model.source)
+    ...     found = dict(replay(model, folder).source)
+    >>> jax.tree.map(lambda x, y: bool((x == y).all() and (x != 0).all()), trained, found)
+    {'0': {'w': True}}
     """
     journal = journal if isinstance(journal, Recorded) else read_journal(journal)
     header, steps = journal.header, len(journal) if step is None else step
