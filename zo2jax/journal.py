@@ -168,8 +168,7 @@ class Recorded:
         said = self.header.differences(other.header, "{} and {}")
         if self._rows.dtype != other._rows.dtype:
             return "; ".join(said)
-        unequal = np.array([self.record(i).bytes != other.record(i).bytes for i in range(both)], bool)
-        common = int(unequal.argmax()) if unequal.any() else both
+        common = next((i for i in range(both) if self.record(i).bytes != other.record(i).bytes), both)
         lengths = (
             f", of {len(self._rows)} and {len(other._rows)}" if max(len(self._rows), len(other._rows)) > common else ""
         )
