@@ -48,12 +48,11 @@ def model_of(setting, key=1):
     return MODEL.init(jax.random.key(key), SETTINGS[setting][0]).with_format(SETTINGS[setting][1])
 
 
-def opened(setting, directory, *, model=None, **options):
+def opened(setting, directory):
     _, _, direction, optimizer, rounding, tier = SETTINGS[setting]
-    model = model_of(setting) if model is None else model
     plan = zo.Plan() if tier == "device" else zo.Plan(dict.fromkeys(NAMES, tier))
-    options = {"key": jax.random.key(5), "plan": plan, "rounding": rounding} | options
-    return zo.Run(model, zo.two_point(1e-3, direction=direction), optimizer, directory=directory, **options)
+    options = {"directory": directory, "key": jax.random.key(5), "plan": plan, "rounding": rounding}
+    return zo.Run(model_of(setting), zo.two_point(1e-3, direction=direction), optimizer, **options)
 
 
 def go(run, until=STEPS):

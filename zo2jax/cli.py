@@ -55,20 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-o", "--output", required=True, help="the folder to make")
     sub.add_argument("--best", action="store_true", help="the checkpoint with the best held-out loss, not the last")
 
-    for name, what in (("replay", "the weights of any step of a run"), ("apply", "a base with a .zo file")):
-        sub = commands.add_parser(name, help=f"write {what} as a Hugging Face folder, from the base and a journal")
-        sub.add_argument("base", help="a Hugging Face folder or hub id: the model that the run began with")
-        sub.add_argument("journal", help="a journal, a .zo file, or the directory of a run")
-        sub.add_argument("-o", "--output", required=True, help="the folder to make")
-        sub.add_argument("--step", type=int, help="after so many steps; all if not given")
-
-    sub = commands.add_parser("pack", help="write a run as a .zo file: with its base it is the trained model")
-    sub.add_argument("journal", metavar="run", help="the directory of a run, or a journal")
-    sub.add_argument("-o", "--output", required=True, help="the file to make")
-    sub.add_argument("--step", type=int, help="leave out what comes after so many steps")
-
-    sub = commands.add_parser("journal", help="show journals, and in what two of them differ")
-    sub.add_argument("journals", nargs="+", metavar="journal", help="a journal, a .zo file, or the directory of a run")
+    _add_journals(commands)
 
     sub = commands.add_parser("quantize", help="write a model with its matrices as int8 or int4 codes")
     sub.add_argument("model", help="a Hugging Face folder or hub id")
@@ -84,6 +71,24 @@ def _parser() -> argparse.ArgumentParser:
     sub = commands.add_parser("bench", help="time and peak memory of a step, on random weights of a real model's shape")
     bench.add_arguments(sub)
     return parser
+
+
+def _add_journals(commands: Any) -> None:
+    """The commands that read journals."""
+    for name, what in (("replay", "the weights of any step of a run"), ("apply", "a base with a .zo file")):
+        sub = commands.add_parser(name, help=f"write {what} as a Hugging Face folder, from the base and a journal")
+        sub.add_argument("base", help="a Hugging Face folder or hub id: the model that the run began with")
+        sub.add_argument("journal", help="a journal, a .zo file, or the directory of a run")
+        sub.add_argument("-o", "--output", required=True, help="the folder to make")
+        sub.add_argument("--step", type=int, help="after so many steps; all if not given")
+
+    sub = commands.add_parser("pack", help="write a run as a .zo file: with its base it is the trained model")
+    sub.add_argument("journal", metavar="run", help="the directory of a run, or a journal")
+    sub.add_argument("-o", "--output", required=True, help="the file to make")
+    sub.add_argument("--step", type=int, help="leave out what comes after so many steps")
+
+    sub = commands.add_parser("journal", help="show journals, and in what two of them differ")
+    sub.add_argument("journals", nargs="+", metavar="journal", help="a journal, a .zo file, or the directory of a run")
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -20,10 +20,9 @@ from zo2jax.formats import Format, named
 from zo2jax.models.model import Model
 from zo2jax.optimizers import Optimizer, sgd
 from zo2jax.plan import Plan, parse_size, plan
-from zo2jax.updates import Rounding, nearest, residual, stochastic
+from zo2jax.updates import ROUNDINGS, Rounding
 
 _LOW_RANK = ("lowrank", "lora")
-_ROUNDINGS: dict[str, Rounding] = {"nearest": nearest, "stochastic": stochastic, "residual": residual}
 
 
 class ConfigError(ValueError):
@@ -229,7 +228,7 @@ class Config:
 
     def make_rounding(self) -> Rounding:
         """The rounding policy of updates."""
-        return _ROUNDINGS[self.rounding]
+        return ROUNDINGS[self.rounding]
 
     def as_json(self) -> dict[str, Any]:
         """What config.json holds: every field but those that change no weights; local paths are absolute."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import bits
@@ -76,6 +77,11 @@ class Header:
             format=None if model.format is None else model.format.as_json(),
             model=structure(model),
         )
+
+    @property
+    def typed_key(self) -> jax.Array:
+        """The key as JAX has it."""
+        return jax.random.wrap_key_data(jnp.array(self.key, jnp.uint32), impl="threefry2x32")
 
     def as_json(self) -> dict[str, Any]:
         """A dictionary that JSON can hold."""

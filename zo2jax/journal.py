@@ -200,8 +200,8 @@ class Recorded:
         """
         rows, header = self._rows[start:stop], self.header
         rows = np.concatenate([rows, np.zeros(length - len(rows), rows.dtype)])
-        key = jax.random.wrap_key_data(jnp.array(header.key, jnp.uint32), impl="threefry2x32")
-        keys = _keys(key, start + np.arange(length, dtype=np.uint32), header.directions, from_json(header.direction))
+        steps = start + np.arange(length, dtype=np.uint32)
+        keys = _keys(header.typed_key, steps, header.directions, from_json(header.direction))
         part = bits.cut12(jnp.float32(1 - header.momentum))
         fresh = jnp.where(rows["flags"] & _SKIPPED, 0, part) if header.momentum else None
         return Update(keys, jnp.asarray(rows["coefs"]), jnp.asarray(rows["decay"]), fresh)

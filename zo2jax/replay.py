@@ -5,9 +5,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-
 from zo2jax.directions import from_json
 from zo2jax.formats import from_json as format_of
 from zo2jax.header import digest, structure
@@ -17,7 +14,7 @@ from zo2jax.models.blocks import Params, Source, owned_shapes
 from zo2jax.models.hub import load
 from zo2jax.models.model import Model
 from zo2jax.pages import layouts_of
-from zo2jax.updates import nearest, residual, stochastic
+from zo2jax.updates import ROUNDINGS
 from zo2jax.weights import Weights
 
 
@@ -66,7 +63,7 @@ def replay(model: Model, journal: str | Path | Recorded, *, step: int | None = N
         ValueError: for a journal of another model, a step that it does not have, and, when a block is read, for other
             weights than those that the run began with.
 
-    >>> import tempfile, numpy as np, zo2jax as zo
+    >>> import tempfile, jax, jax.numpy as jnp, numpy as np, zo2jax as zo
     >>> start, target = {"w": np.zeros((2, 2), np.float32)}, {"t": np.ones((2, 2), np.float32)}
     >>> model = zo.blocks([(lambda p, _: p["w"], start)], loss=lambda w, batch: jnp.sum((w - batch["t"]) ** 2))
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -116,11 +113,9 @@ def _replayed(model: Model, journal: Recorded, steps: int, name: str) -> Params:
     block = next(block for block in model.blocks if block.name == name)
     block = replace(block, shapes=owned_shapes([block])[name], aliases={})  # tied leaves move where they are owned
     alone = replace(model, blocks=(block,), source=Source.of(model.source).observed(check))
-    rounding = {str(one): one for one in (nearest, residual, stochastic)}[header.rounding]
-    of_run = from_json(header.direction), header.directions, rounding, header.momentum > 0
+    of_run = from_json(header.direction), header.directions, ROUNDINGS[header.rounding], header.momentum > 0
     kept = Kept(owned_shapes([block]), layouts_of([block], model.format), *of_run)
-    key = jax.random.wrap_key_data(jnp.array(header.key, jnp.uint32), impl="threefry2x32")
-    weights = Weights(alone, kept, key)
+    weights = Weights(alone, kept, header.typed_key)
     try:
         weights.replay(journal, steps)
         return weights.stream[name]

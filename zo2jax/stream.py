@@ -179,7 +179,7 @@ class Stream(Mapping[str, Params]):
             raise
         self._torn, carry = True, None
         if self._sums is not None:
-            self._sums.update(_alone(update), jnp.int32(1))
+            self._sums.update(update, jnp.int32(1))
         for i in range(len(self.blocks)):
             held, tied = self._take(i), self._tied(i)
             (changed, self._rest[i]), carry, done = self._visit(
@@ -201,13 +201,13 @@ class Stream(Mapping[str, Params]):
 
     def apply(self, update: Update) -> None:
         """Applies ``update`` to all blocks."""
-        self.replay(_alone(update), 1)
+        self.replay(update, 1)
 
     def replay(self, updates: Update, count: int) -> None:
         """Applies updates, each block taking all of them in one visit.
 
         Args:
-            updates: arrays with another axis in front; each length is compiled once.
+            updates: arrays with another axis in front, each length of which is compiled once; or one as it is.
             count: of those that are applied, from the first on.
         """
         self._check_whole()
@@ -403,9 +403,3 @@ class Stream(Mapping[str, Params]):
                 raise
             del self._leaving[i]
         jax.block_until_ready([x for x in self._last.pop(i, []) if not x.is_deleted()])
-
-
-@jax.jit
-def _alone(update: Update) -> Update:
-    """With another axis in front."""
-    return jax.tree.map(lambda x: x[None], update)

@@ -50,12 +50,14 @@ class Update(NamedTuple):
 def in_order(one: Callable[[Any, Update], Any], held: Any, updates: Update, count: Any) -> Any:
     """``held = one(held, update)`` for the first ``count`` of updates, whose arrays have another axis in front.
 
+    Or for one update as it is: without a loop, which takes longer to compile and to run.
+
     >>> updates = Update(jax.random.split(jax.random.key(0), 3)[:, None], jnp.ones((3, 1)), jnp.zeros(3))
     >>> in_order(lambda total, update: total + update.coefs, jnp.zeros(1), updates, 2).tolist()
     [2.0]
     """
-    if len(updates.decay) == 1:  # without a loop, which takes longer to compile and to run
-        return one(held, jax.tree.map(lambda x: x[0], updates))
+    if updates.decay.ndim == 0:
+        return one(held, updates)
     return lax.fori_loop(0, count, lambda i, held: one(held, jax.tree.map(lambda x: x[i], updates)), held)
 
 
@@ -87,6 +89,10 @@ stochastic = Rounding("stochastic", bits.round_stochastically)
 residual = Rounding("residual", bits.round_to_nearest)
 """Exact: what rounding to nearest leaves of a float32 weight stays beside its bfloat16 as an int16. For the folds of
 directions with which `zo2jax.Run` only reads; it takes as many bytes again, which are touched at folds only."""
+
+
+ROUNDINGS = {rounding.name: rounding for rounding in (nearest, stochastic, residual)}
+"""By name."""
 
 
 def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
