@@ -25,6 +25,15 @@ def _compiled_once(tmp_path_factory: pytest.TempPathFactory) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs() -> Iterator[None]:
+    """Linux maps 65,530 pieces of memory for a process, and each compiled program is several: beyond, XLA crashes."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 8_000:
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def test_data() -> Path:
     """The folder of outside test data, or a skip."""
