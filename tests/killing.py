@@ -60,6 +60,8 @@ def go(run, until=STEPS):
     data = batches()
     for batch in run.remaining(data[:until]):
         run.step(batch)
+        if run.steps_done % SAVE_EVERY == SAVE_EVERY // 8:
+            run.save(wait=False)
         if run.steps_done % SAVE_EVERY == 0:
             run.evaluate(data[:1])
             run.save()
@@ -76,14 +78,15 @@ def main(setting, directory, where, number):
     """Goes on until it is killed.
 
     ``where`` is "time", ``number`` ms after the first step; or in the ``number``-th call of a kind: "journal" or
-    "page", a write of which half is done; "snapshot" or "fold", of a block.
+    "page", a write of which half is done; "snapshot", "background" (a snapshot there) or "fold", of a block.
     """
     calls = 0
 
     def at(real, half=None):
         def called(*arguments, **options):
             nonlocal calls
-            calls += 1
+            background = threading.current_thread().name == "zo2jax-saver"
+            calls += where not in ("snapshot", "background") or background == (where == "background")
             if calls == number:
                 if half is not None:
                     half(real, *arguments)
@@ -97,7 +100,7 @@ def main(setting, directory, where, number):
     if where == "page":
         half = lambda write, file, parts, at: write(file, [parts[0][: len(parts[0]) // 2]], at)  # noqa: E731
         os.pwritev = at(os.pwritev, half)
-    if where == "snapshot":
+    if where in ("snapshot", "background"):
         Snapshots._write = at(Snapshots._write)
     if where == "fold":
         Masters.fold = at(Masters.fold)

@@ -170,13 +170,14 @@ def straight(tmp_path_factory):
     return of
 
 
-CALLS = {"time": 1500, "journal": 190, "page": 500, "snapshot": 24, "fold": 80}  # there are a few more
-SOME = [("disk", "page"), ("disk", "time"), ("codes", "snapshot"), ("momentum", "fold"), ("momentum", "journal")]
+CALLS = {"time": 1500, "journal": 190, "page": 500, "snapshot": 24, "background": 24, "fold": 80}
+"""Milliseconds, or calls, of which there are a few more; but in the background, where what is late is given up."""
+SOME = [("disk", "page"), ("disk", "time"), ("codes", "background"), ("momentum", "fold"), ("momentum", "journal")]
 MORE = [
     (setting, where)
     for _ in range(3)
     for setting in ("dense", "disk", "codes", "momentum", "factors")
-    for where in ("time", "journal", "page", "snapshot", "fold")
+    for where in ("time", "journal", "page", "snapshot", "background", "fold")
     if (where != "page" or setting == "disk") and (where != "fold" or setting not in ("dense", "disk"))
 ]
 KILLS = [*SOME, *(pytest.param(*kill, marks=SLOW) for kill in MORE[:40])]
@@ -196,7 +197,8 @@ def test_killed_at_any_moment(setting, where, straight, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | cache)
     journal = tmp_path / "journal"
     print(f"{where} {number}: {done.returncode}, {len(Recorded(journal)) if journal.is_file() else 'no'} steps")
-    assert done.returncode == -signal.SIGKILL or where == "time", done.stderr  # it may have been done by then
+    late = where in ("time", "background") and done.returncode == 0  # it was done by then
+    assert done.returncode == -signal.SIGKILL or late, done.stderr
     with opened(setting, tmp_path) as run:
         found = go(run)
     assert_same(found, straight(setting))

@@ -28,7 +28,7 @@ LAYERS = [
     {"masters"},
     {"accumulated", "listed"},
     {"stream", "objectives"},
-    {"checkpoint", "kept", "weights", "directory", "run", "replay"},
+    {"checkpoint", "kept", "weights", "directory", "restored", "saver", "run", "replay"},
     {"tasks", "config"},
     {"train", "quantize"},
     {"demo", "bench"},

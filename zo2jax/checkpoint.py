@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import inspect
+import json
 import math
 import os
 import shutil
@@ -21,6 +22,7 @@ from zo2jax.models.blocks import Params
 from zo2jax.pages import flat, on_host
 
 _SCRATCH = "unfinished"
+_STEPS = "steps.json"
 _CHUNK_BYTES = 2**26  # of a leaf: several threads read a large one, and its copies on the way to the disk stay small
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what Orbax raises on files that are not its own
 
@@ -57,7 +59,7 @@ class Snapshots:
 
     A snapshot appears whole or not at all (Orbax commits by renaming). The last one is kept, and the one with the
     lowest ``eval/loss``. Every block is an Orbax checkpoint of its own, so one can be written or read while no other is
-    in memory.
+    in memory. Blocks may be of later steps than the state: ``blocks/steps.json`` says so.
 
     >>> import tempfile
     >>> state = State({}, (), np.uint32(7), jax.random.key(0), np.zeros(1, np.uint32))
@@ -105,7 +107,13 @@ class Snapshots:
         step = self._manager.best_step()
         return step if step is not None and "eval/loss" in self._manager.metrics(step) else None
 
-    def save(self, state: State, blocks: Iterable[tuple[str, Params]], metrics: Mapping[str, float]) -> None:
+    def save(
+        self,
+        state: State,
+        blocks: Iterable[tuple[str, Params]],
+        metrics: Mapping[str, float],
+        steps: Mapping[str, int] | None = None,
+    ) -> None:
         """Saves a snapshot under the state's step; durable on return. A step that is saved already is left as it is.
 
         Args:
@@ -113,6 +121,7 @@ class Snapshots:
             blocks: (name, nested dict of NumPy or jax arrays), asked for one at a time: each is durable, and not held
                 any more, before the next is asked for. Their memory may be reused then.
             metrics: what is known of this step; ``eval/loss`` decides which snapshot is the best.
+            steps: of blocks that are of other steps than the state; read when all blocks were given.
 
         Raises:
             ValueError: if a block's name cannot be a folder's.
@@ -133,6 +142,9 @@ class Snapshots:
                 with _naming(self._folder):
                     self._write(scratch / "blocks" / name, leaves)
                 del leaves  # or it would be in memory together with the next
+            with _naming(self._folder):
+                (scratch / "blocks" / _STEPS).write_text(json.dumps(dict(steps or {})))
+                _sync(scratch / "blocks" / _STEPS)
             items = ocp.args.Composite(**{item: _Written(scratch / item) for item in ("blocks", "state")})
             with _naming(self._folder):
                 # Forced: after a save that failed, the manager takes it to be under way, and would skip this one.
@@ -155,6 +167,26 @@ class Snapshots:
         tree = jax.tree.unflatten(jax.tree.structure(tree), placed)
         key = jax.random.wrap_key_data(tree.pop("key"), impl="threefry2x32")
         return State(params={}, key=key, **tree)
+
+    def steps(self, step: int) -> dict[str, int]:
+        """Of which steps the blocks of the snapshot of ``step`` are; those that are not named are of this step.
+
+        Raises:
+            ValueError: if there is no such snapshot, or its file of steps is damaged.
+        """
+        path = self._snapshot(step) / "blocks" / _STEPS
+        try:
+            return {str(name): int(step) for name, step in json.loads(path.read_text()).items()}
+        except _DAMAGE as error:
+            raise _damaged(path, error) from error
+
+    def needs(self, step: int) -> int:
+        """How many steps of the journal the snapshot of ``step`` is of no use without.
+
+        Raises:
+            ValueError: as `steps` does.
+        """
+        return max([step, *(after + 1 for after in self.steps(step).values())])
 
     def block(self, step: int, name: str, like: Params) -> Params:
         """The block ``name`` of the snapshot of ``step``, as NumPy arrays; no file of another block is read.
@@ -223,10 +255,7 @@ class Snapshots:
         try:
             found = self._arrays.restore(folder)
         except _DAMAGE as error:
-            raise ValueError(
-                f"{folder} is damaged ({error}): expected the files as they were saved. Put them back from a copy, or "
-                "train in another directory"
-            ) from error
+            raise _damaged(folder, error) from error
         if problems := _differences(name, like, found):
             raise ValueError(
                 f"{folder} does not fit: {'; '.join(problems)}. Use the model and optimizer that it was saved with, or "
@@ -250,6 +279,13 @@ class Snapshots:
             self._manager.delete(step)  # or it would be the last one, which is kept
         for path in [self._folder / _SCRATCH, *self._folder.glob("*.orbax-checkpoint-tmp*")]:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path} is damaged ({error}): expected the files as they were saved. Put them back from a copy, or train in "
+        "another directory"
+    )
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = commands.add_parser("eval", help="held-out loss or task metric of a run, or of a config's untrained model")
     sub.add_argument("target", help="the directory of a run, or a config")
     add_overrides(sub)
-    sub.add_argument("--best", action="store_true", help="the checkpoint with the best held-out loss, not the last")
+    sub.add_argument("--best", action="store_true", help="the weights with the best held-out loss, not the last")
 
     sub = commands.add_parser("generate", help="continue prompts, by a model or by a run's weights")
     sub.add_argument("model", help="a Hugging Face folder or hub id, or the directory of a run")
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = commands.add_parser("export", help="write a run's weights as a Hugging Face folder")
     sub.add_argument("run", help="the directory of a run")
     sub.add_argument("-o", "--output", required=True, help="the folder to make")
-    sub.add_argument("--best", action="store_true", help="the checkpoint with the best held-out loss, not the last")
+    sub.add_argument("--best", action="store_true", help="the weights with the best held-out loss, not the last")
 
     _add_journals(commands)
 

@@ -119,6 +119,8 @@ class Config:
     """Whether metrics are written for TensorBoard, beside metrics.jsonl."""
     sync_every: float = 1.0
     """Seconds after which a step is on the disk, should the power fail; 0: each at once."""
+    replay_within: float = 600.0
+    """Seconds in which a run that was killed is back where it was: checkpoints are saved in the background so often."""
     tier: Literal["device", "host", "disk"] = "device"
     """Where blocks live that do not stay on the device. It, and the next two, change no weights: a run may go on, or be
     evaluated, with others."""
@@ -158,6 +160,8 @@ class Config:
         for name in ("learning_rate", "weight_decay", "clip", "alpha", "sync_every"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}={getattr(self, name)}: expected a finite number of at least 0")
+        if not self.replay_within >= 0:
+            raise ConfigError(f"replay_within={self.replay_within}: expected seconds, inf for no checkpoints between")
         if not 0 < self.eps < float("inf"):
             raise ConfigError(f"eps={self.eps}: expected a positive number, such as 1e-3")
         if not 0 < self.held_out < 1:
@@ -237,6 +241,7 @@ class Config:
             "directory",
             "tensorboard",
             "sync_every",
+            "replay_within",
             "eval_examples",
             "demonstrations",
             "scoring",

@@ -126,7 +126,7 @@ class OnDisk(_Staged):
 
     def _read(self, memory: np.ndarray) -> None:
         if not self.close.alive:
-            raise StoreError(f"the page file {self._path} is gone: its run is closed, and lives on in its checkpoint")
+            raise StoreError(f"the page file {self._path} is gone: its run is closed, and lives on in its directory")
         try:
             whole = _fill(memory, self._file, 0)
         except OSError as error:
@@ -229,7 +229,7 @@ def _fill(memory: np.ndarray, file: int, offset: int) -> bool:
     return done == len(memory)
 
 
-_GO_ON = ": the run goes on from its last checkpoint"
+_GO_ON = ": the run goes on from its last checkpoint and journal"
 _ON_A_DISK = f"{_GO_ON}, once the disk is well"
 
 

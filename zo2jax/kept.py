@@ -3,17 +3,14 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from zo2jax.checkpoint import Snapshots
 from zo2jax.directions import Direction, matrix_shape
 from zo2jax.estimators import Estimator
-from zo2jax.factored import merge
 from zo2jax.formats import coded_shapes
-from zo2jax.models.blocks import Params, Source, owned_shapes, set_leaf
+from zo2jax.models.blocks import Params, owned_shapes, set_leaf
 from zo2jax.models.model import Model
 from zo2jax.optimizers import Optimizer
 from zo2jax.pages import Layout, layouts_of
@@ -21,7 +18,7 @@ from zo2jax.pending import shapes_pending
 from zo2jax.stream import Stream
 from zo2jax.updates import Rounding, residual
 
-_BESIDE = ".beside"
+BESIDE = ".beside"
 """What a checkpoint adds to the name of a block, for what is beside its matrices."""
 
 
@@ -107,28 +104,13 @@ class Kept:
                 set_leaf(found.setdefault("low", {}), name, jax.ShapeDtypeStruct(place.shape, jnp.int16))
         return found
 
-    def source(self, snapshots: Snapshots, step: int) -> Source:
-        """The blocks of a checkpoint as a stream goes on from them; each is read when it is asked for."""
-        return Source({name: partial(self._stored, snapshots, step, name) for name in self.shapes})
-
-    def source_beside(self, snapshots: Snapshots, step: int) -> Source:
-        """What is beside the blocks of a checkpoint."""
-        return Source({name: partial(self._beside, snapshots, step, name) for name in self.shapes})
-
-    def arrays(self, snapshots: Snapshots, step: int, block: str) -> Params:
-        """The leaves of a block of a checkpoint as arrays, with every update."""
-        leaves, beside = (read(snapshots, step, block) for read in (self._stored, self._beside))
-        return merge(block, leaves, beside, self.shapes[block], self.layouts[block], self.direction)
-
     def entries(self, stream: Stream) -> Iterator[tuple[str, Params]]:
         """What a checkpoint holds of a run's stream, by name, made when it is asked for."""
         for name in stream:
-            yield name, stream.stored(name)
-        for name in stream if self.direction.read_only else ():
-            yield name + _BESIDE, stream.beside(name)
+            yield from self.entries_of(stream, name)
 
-    def _stored(self, snapshots: Snapshots, step: int, block: str) -> Params:
-        return snapshots.block(step, block, self.stored(block))
-
-    def _beside(self, snapshots: Snapshots, step: int, block: str) -> Params:
-        return snapshots.block(step, block + _BESIDE, self.beside(block)) if self.direction.read_only else {}
+    def entries_of(self, stream: Stream, block: str) -> Iterator[tuple[str, Params]]:
+        """What a checkpoint holds of one block."""
+        yield block, stream.stored(block)
+        if self.direction.read_only:
+            yield block + BESIDE, stream.beside(block)

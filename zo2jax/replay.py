@@ -110,12 +110,10 @@ def _replayed(model: Model, journal: Recorded, steps: int, name: str) -> Params:
                 f"expected {header.base[name]}): use that model"
             )
 
-    block = next(block for block in model.blocks if block.name == name)
-    block = replace(block, shapes=owned_shapes([block])[name], aliases={})  # tied leaves move where they are owned
-    alone = replace(model, blocks=(block,), source=Source.of(model.source).observed(check))
     of_run = from_json(header.direction), header.directions, ROUNDINGS[header.rounding], header.momentum > 0
-    kept = Kept(owned_shapes([block]), layouts_of([block], model.format), *of_run)
-    weights = Weights(alone, kept, header.typed_key)
+    kept = Kept(owned_shapes(model.blocks), layouts_of(model.blocks, model.format), *of_run)
+    checked = replace(model, source=Source.of(model.source).observed(check))
+    weights = Weights.of_block(checked, name, kept, header.typed_key)
     try:
         weights.replay(journal, steps)
         return weights.stream[name]

@@ -29,6 +29,8 @@ from zo2jax.objectives import Generated, mean_loss, ratio
 from zo2jax.optimizers import Optimizer, as_optimizer
 from zo2jax.plan import Plan
 from zo2jax.plan.machine import measure_link
+from zo2jax.restored import Restored
+from zo2jax.saver import Saver
 from zo2jax.updates import Rounding, Update, stochastic
 from zo2jax.weights import Weights
 
@@ -101,6 +103,8 @@ class Run:
         tensorboard: whether the metrics go to ``tensorboard`` in the directory as well.
         sync_every: seconds after which a step is on the disk, should the power fail; 0: each at once. A process that is
             killed loses the last step at most.
+        replay_within: seconds. Checkpoints are saved in the background so often that a run that was killed is back
+            where it was within this time; with infinity, only what `save` is called for. See `zo2jax.saver`.
 
     Raises:
         ValueError: if the directory holds another run, naming what differs, or one that is damaged; for a format or
@@ -137,6 +141,7 @@ class Run:
         max_skipped: int = 10,
         tensorboard: bool = False,
         sync_every: float = 1.0,
+        replay_within: float = 600.0,
     ):
         """Opens the directory; restores the newest checkpoint if there is one."""
         optimizer = as_optimizer(optimizer)
@@ -160,10 +165,13 @@ class Run:
         trained = model if loss is None or isinstance(loss, Generated) else model.with_loss(loss)
         with ExitStack() as on_error:
             on_error.callback(self._files.close)
+            began = time.monotonic()
             self._weights = self._opened(trained, plan)
             on_error.callback(self._weights.close)
             self._stream = self._weights.stream
             self._replay()
+            behind = time.monotonic() - began
+            self._saver = Saver(self._files.snapshots, self._files.journal, self._kept, replay_within, behind)
             self._metrics = Metrics(self.directory, self.steps_done or -1, tensorboard=tensorboard)
             on_error.pop_all()
         self._complete_metrics()
@@ -220,7 +228,9 @@ class Run:
         Raises:
             ValueError: for a batch without targets. It, and any batch that the model cannot take, changes no weights.
             NonFiniteLoss: after ``max_skipped`` steps in a row without a finite loss; they changed no weights.
+            OSError: if a checkpoint could not be written in the background; nothing is lost, the step is not done yet.
         """
+        self._saver.check()
         keys = self._keys()
         self._weights.begin()
         up, down = self._stream.bytes_up, self._stream.bytes_down
@@ -228,6 +238,7 @@ class Run:
         up, down = self._stream.bytes_up - up, self._stream.bytes_down - down
         info, state = self._concluded(keys, sums)
         self._record(self._pending)  # the one before; if that fails, this one was not done
+        self._saver.step(self._state, self._weights)
         self._state = state
         self._weights.take(info.update)
         found = info.loss, info.projected_gradient, info.losses, info.skipped
@@ -263,16 +274,22 @@ class Run:
         self._record(previous)
         self._finished, self._rate = None, float("nan")
 
-    def save(self) -> None:
+    def save(self, *, wait: bool = True) -> None:
         """Saves a checkpoint, durable on return. The last one is kept, and the one with the best ``eval/loss``.
 
         Evaluate before saving: a step that is saved already is not saved again.
+
+        Args:
+            wait: if not, it is written while the next steps are done, each of which hands over one block; it never is
+                the best one, and is given up if the run is closed or saved meanwhile: the journal has everything.
         """
+        if not wait:
+            self._saver.begin()
+            return
         self.flush()
-        self._files.journal.sync()  # which no checkpoint is ahead of
         loss = self._metrics.evaluated.get(self.steps_done)
         metrics = {} if loss is None or not np.isfinite(loss) else {"eval/loss": loss}
-        self._files.snapshots.save(self._state, self._kept.entries(self._stream), metrics)
+        self._saver.save(self._state, self._weights, metrics)
 
     def export(self, folder: str | Path) -> Path:
         """Writes the present weights as a Hugging Face folder; see `zo2jax.models.hub.export`."""
@@ -285,7 +302,7 @@ class Run:
             return
         self._closed = True
         with ExitStack() as stack:  # each is closed, whatever becomes of the others
-            for part in (self._files, self._metrics, self._weights):
+            for part in (self._files, self._metrics, self._weights, self._saver):
                 stack.callback(part.close)
             self._record(self._pending)
 
@@ -334,9 +351,10 @@ class Run:
             return weights
         try:
             self._state = snapshots.restore(self._state, last)
-            source, beside = (read(snapshots, last) for read in (self._kept.source, self._kept.source_beside))
+            restored = Restored(model, self._kept, snapshots, last, self._files.journal)
+            source, beside = restored.sources()
             how = self._kept, self._state.key
-            return Weights(replace(model, source=source), *how, done=last, beside=beside, **where)
+            return Weights(replace(model, source=source), *how, done=restored.done, beside=beside, **where)
         except ValueError as error:
             raise ValueError(
                 f"the checkpoint of step {last} in {self.directory} does not fit this model and optimizer ({error}): "
@@ -346,7 +364,7 @@ class Run:
     def _replay(self) -> None:
         """Takes the steps of the journal that are later than the weights."""
         journal = self._files.journal
-        for step in range(self.steps_done, len(journal)):
+        for step in range(int(self._state.step), len(journal)):
             self._state = self._concluded(self._keys(), self._sums_of(journal.record(step)))[1]
         self._weights.replay(journal, len(journal))
 

@@ -260,7 +260,7 @@ class Stream(Mapping[str, Params]):
     def _check_whole(self) -> None:
         """Raises StoreError after a sweep that broke off, or a page that was not kept."""
         if self._torn:
-            raise StoreError("an update did not reach all blocks: the run goes on from its last checkpoint")
+            raise StoreError("an update did not reach all blocks: the run goes on from its last checkpoint and journal")
 
     def visits(self, blocks: Sequence[Block] | None = None) -> Visit:
         """Visits of the weights as they are, for evaluation and generation."""

@@ -27,6 +27,8 @@ from zo2jax.models.hub import load
 from zo2jax.models.model import Model
 from zo2jax.objectives import Generated, mean_loss
 from zo2jax.plan import Plan
+from zo2jax.replay import read_journal, replay
+from zo2jax.restored import Restored
 from zo2jax.run import Run, StepInfo
 from zo2jax.stream import Stream
 from zo2jax.tasks.encoding import TaskBatches, TaskHeldOut
@@ -169,6 +171,7 @@ def _open_run(config: Config, model: Model, data: Prepared, plan: Plan) -> Run:
         max_skipped=config.max_skipped,
         tensorboard=config.tensorboard,
         sync_every=config.sync_every,
+        replay_within=config.replay_within,
     )
 
 
@@ -214,12 +217,12 @@ def _placed(config: Config, model: Model, data: Prepared) -> Iterator[Model]:
 
 
 def trained_model(directory: str | Path, *, best: bool = False) -> tuple[int, Model]:
-    """(step, model) of a run's last checkpoint, or of the one with the best held-out loss.
+    """(step, model) after the last step of a run's journal, or of the checkpoint with the best held-out loss.
 
     The weights are read when they are asked for, block by block, as those of `zo2jax.load` are.
 
     Raises:
-        FileNotFoundError: if the directory holds no run, or no such checkpoint.
+        FileNotFoundError: if the directory holds no run, no journal, or no such checkpoint.
     """
     folder = Path(directory).expanduser()
     if not (folder / "config.json").is_file():
@@ -228,23 +231,27 @@ def trained_model(directory: str | Path, *, best: bool = False) -> tuple[int, Mo
     model = _load(config)
     snapshots = Snapshots(folder / "checkpoints")
     try:
-        step = snapshots.best if best else snapshots.last
-        if step is None:
-            raise FileNotFoundError(f"{directory} has no checkpoint{' with a held-out loss' if best else ''} yet")
+        number = snapshots.best if best else snapshots.last
     finally:
         snapshots.close()
+    if best and number is None:
+        raise FileNotFoundError(f"{directory} has no checkpoint with a held-out loss yet")
+    journal = None if best else read_journal(folder)
+    if number is None:
+        assert journal is not None
+        return len(journal), replay(model, journal)
+    step = number if journal is None else len(journal)
     kept = Kept.of(model, config.make_estimator(), config.make_optimizer(), config.make_rounding())
-    readers = {name: partial(_read, folder, step, kept, name) for name in kept.shapes}
+
+    def read(name: str) -> Params:  # the files are open no longer than that takes
+        snapshots = Snapshots(folder / "checkpoints")
+        try:
+            return Restored(model, kept, snapshots, number, journal).arrays(name, step)
+        finally:
+            snapshots.close()
+
+    readers = {name: partial(read, name) for name in kept.shapes}
     return step, model.replace(Source(readers)).with_format(None)  # arrays, whatever the run kept
-
-
-def _read(folder: Path, step: int, kept: Kept, name: str) -> Params:
-    """A block of a checkpoint, with every update; its files are open no longer than that takes."""
-    snapshots = Snapshots(folder / "checkpoints")
-    try:
-        return kept.arrays(snapshots, step, name)
-    finally:
-        snapshots.close()
 
 
 def evaluate(target: str, overrides: Sequence[str] = (), *, best: bool = False) -> tuple[int, dict[str, float], str]:

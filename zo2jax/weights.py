@@ -1,5 +1,6 @@
 """The weights of a run after some steps: a stream, the update that it lacks yet, and its folds."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from zo2jax.directions import period_key
 from zo2jax.journal import Recorded
 from zo2jax.kept import Kept
-from zo2jax.models.blocks import Source
+from zo2jax.models.blocks import Source, owned_shapes
 from zo2jax.models.layers import Batch
 from zo2jax.models.model import Model
 from zo2jax.plan import Plan
@@ -25,9 +26,11 @@ class Weights:
 
     Args:
         model: blocks, format, and the weights after ``done`` steps, in the form of ``kept``.
-        kept: how a run keeps them.
+        kept: how a run keeps them; which blocks there are, the model says.
         key: of the run, typed.
         done: steps.
+        begun: whether they are the weights that the probes of the step after those were made of; or as they were at
+            its end. These differ where a period begins: `begin` has been called for the first.
         beside: what is beside the matrices, by block; nothing if None.
         plan: where the blocks live.
         pages: the folder for page files, if there are any.
@@ -52,6 +55,7 @@ class Weights:
         key: jax.Array,
         *,
         done: int = 0,
+        begun: bool = False,
         beside: Source | None = None,
         plan: Plan | None = None,
         pages: Path | None = None,
@@ -60,7 +64,7 @@ class Weights:
         self.done = done
         """Steps whose updates the weights have; but for the last one's, perhaps, which they lack yet."""
         self._direction, self._key = kept.direction, key
-        self._period = self._period_of(max(done - 1, 0))
+        self._period = self._period_of(done if begun else max(done - 1, 0))
         plan = Plan() if plan is None else plan
         how = kept.direction, kept.rounding, plan, pages, self._basis(), beside, model.format, kept.directions
         self.stream = Stream(model.blocks, model.source, *how, momentum=kept.momentum)
@@ -68,6 +72,13 @@ class Weights:
         fresh = jnp.zeros(()) if kept.momentum else None
         self._nothing = Update(jnp.broadcast_to(key, shape), jnp.zeros(kept.directions), jnp.zeros(()), fresh)
         self._lacking = self._nothing
+
+    @classmethod
+    def of_block(cls, model: Model, name: str, kept: Kept, key: jax.Array, **options: Any) -> "Weights":
+        """The weights of one block of a model, on the device, as if it were all of it."""
+        block = next(block for block in model.blocks if block.name == name)
+        block = replace(block, shapes=owned_shapes([block])[name], aliases={})  # tied leaves move where they are owned
+        return cls(replace(model, blocks=(block,)), kept, key, **options)
 
     def begin(self) -> None:
         """Where a period begins with the next step: takes the updates of the last one into the matrices."""

@@ -1,0 +1,89 @@
+"""The blocks of a run, from a snapshot and the steps that its journal has after it."""
+
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+
+import jax
+
+from zo2jax.checkpoint import Snapshots
+from zo2jax.factored import merge
+from zo2jax.journal import Recorded
+from zo2jax.kept import BESIDE, Kept
+from zo2jax.models.blocks import Params, Source
+from zo2jax.models.model import Model
+from zo2jax.pages import on_host
+from zo2jax.weights import Weights
+
+
+class Restored:
+    """The blocks of a run that a snapshot and the journal give; each is read when it is asked for.
+
+    A snapshot that was written while the run went on has each block as the probes of another step were made of it
+    (`zo2jax.saver`). Such a block takes the updates that it lacks by itself.
+
+    Args:
+        model: blocks and format.
+        kept: how the run keeps them.
+        snapshots: of the run.
+        number: the step of the snapshot.
+        journal: of the run; without one, what the snapshot has is all that can be had.
+
+    Raises:
+        ValueError: if there is no such snapshot, or it is damaged.
+    """
+
+    def __init__(self, model: Model, kept: Kept, snapshots: Snapshots, number: int, journal: Recorded | None = None):
+        """Reads of which steps the blocks are."""
+        self._model, self._kept = model, kept
+        self._snapshots, self._number, self._journal = snapshots, number, journal
+        self._begun = snapshots.steps(number)
+        self.done = number if not self._begun else 0 if journal is None else len(journal)
+        """Steps after which all blocks are had at once."""
+
+    def sources(self) -> tuple[Source, Source]:
+        """(leaves, what is beside them) after ``done`` steps, as `Stream.stored` and `Stream.beside` give them.
+
+        What is beside a block is asked for after its leaves.
+        """
+        found: dict[str, Params] = {}
+
+        def caught_up(name: str) -> Params:
+            with closing(self._weights(name, self.done)) as weights:
+                found[name] = jax.tree.map(on_host, weights.stream.beside(name))
+                return jax.tree.map(on_host, weights.stream.stored(name))
+
+        leaves, beside = (caught_up, found.pop) if self._begun else (self._leaves, self._beside)
+        both = ({name: partial(read, name) for name in self._kept.shapes} for read in (leaves, beside))
+        return Source(next(both)), Source(next(both))
+
+    def arrays(self, name: str, step: int) -> Params:
+        """The leaves of a block as arrays after so many steps, of which none is before the snapshot."""
+        if not self._begun and step == self._number:
+            layout = self._kept.shapes[name], self._kept.layouts[name], self._kept.direction
+            return merge(name, self._leaves(name), self._beside(name), *layout)
+        with closing(self._weights(name, step)) as weights:
+            return jax.tree.map(on_host, weights.stream[name])
+
+    def _weights(self, name: str, step: int) -> Weights:
+        """Those of a block after so many steps."""
+        assert self._journal is not None, "steps after a snapshot are in a journal"
+        model = replace(self._model, source=Source({name: partial(self._leaves, name)}))
+        beside = Source({name: partial(self._beside, name)})
+        done = {"done": self._begun.get(name, self._number), "begun": name in self._begun}
+        key = self._journal.header.typed_key
+        weights = Weights.of_block(model, name, self._kept, key, beside=beside, **done)
+        try:
+            weights.replay(self._journal, step)
+        except BaseException:
+            weights.close()
+            raise
+        return weights
+
+    def _leaves(self, name: str) -> Params:
+        return self._snapshots.block(self._number, name, self._kept.stored(name))
+
+    def _beside(self, name: str) -> Params:
+        if not self._kept.direction.read_only:
+            return {}
+        return self._snapshots.block(self._number, name + BESIDE, self._kept.beside(name))

@@ -1,0 +1,151 @@
+"""Checkpoints of a run: at once, or while it trains, one block at a step."""
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Iterator, Mapping
+
+import jax
+
+from zo2jax.checkpoint import Snapshots
+from zo2jax.journal import Journal
+from zo2jax.kept import Kept
+from zo2jax.mezo import State
+from zo2jax.models.blocks import Params
+from zo2jax.pages import on_host
+from zo2jax.weights import Weights
+
+_Entries = list[tuple[str, Params]]
+
+
+class Saver:
+    """Saves the weights of a run, at once or in the background.
+
+    In the background each step hands over a copy of one block, which a thread writes; so the blocks are of different
+    steps, and one that is restored takes the updates that it lacks from the journal (`zo2jax.restored`). No more than
+    two blocks are in host memory for it.
+
+    Such a checkpoint is begun so often that a run that is killed is back where it was within ``within`` seconds: a
+    replay takes less time than the training of the same steps, which makes the same updates and forward passes besides,
+    and a checkpoint replaces the one before when it has been written. Where writing takes longer than ``within``, one
+    follows the other.
+
+    Args:
+        snapshots: of the run.
+        journal: of the run.
+        kept: how the run keeps its weights.
+        within: seconds; infinity for no checkpoints but those that are asked for.
+        behind: seconds that the replay of the present journal took or would take.
+    """
+
+    def __init__(self, snapshots: Snapshots, journal: Journal, kept: Kept, within: float, behind: float):
+        """Saves nothing yet."""
+        self._snapshots, self._journal, self._kept, self._within = snapshots, journal, kept, within
+        self._since = time.monotonic() - behind  # what was trained since then would be taken again
+        self._took = 0.0  # seconds, the last one in the background
+        self._wanted = False
+        self._background: _Background | None = None
+
+    def save(self, state: State, weights: Weights, metrics: Mapping[str, float]) -> None:
+        """Saves the weights, which have every update, durable on return; what is written meanwhile is given up."""
+        self.close()
+        self.check()
+        began = time.monotonic()
+        self._journal.sync()  # which no checkpoint is ahead of
+        self._snapshots.save(state, self._kept.entries(weights.stream), metrics)
+        self._since = began
+
+    def begin(self) -> None:
+        """Has the next step begin a checkpoint in the background, unless one is under way."""
+        self._wanted = self._background is None
+
+    def check(self) -> None:
+        """Raises what went wrong in the background."""
+        if self._background is None or self._background.is_alive():
+            return
+        ended, self._background = self._background, None
+        if ended.error is not None:
+            self._since = time.monotonic()  # not at every step
+            raise ended.error
+        if not ended.given_up:
+            self._since, self._took = ended.began, time.monotonic() - ended.began
+
+    def step(self, state: State, weights: Weights) -> None:
+        """Hands over a block; called when the probes of a step are done, and its update is not taken yet.
+
+        Args:
+            state: before the step.
+            weights: which have the updates of all steps before.
+        """
+        late = time.monotonic() - self._since >= self._within - self._took
+        if self._background is None and (self._wanted or late):
+            self._wanted = False
+            self._background = _Background(self._snapshots, self._journal, state, list(weights.stream))
+        if self._background is not None:
+            self._background.take(self._kept, weights)
+
+    def close(self) -> None:
+        """Gives up what is not yet written; the journal has it all."""
+        if self._background is not None:
+            self._background.give_up()
+
+
+class _GivenUp(Exception):
+    pass
+
+
+class _Background(threading.Thread):
+    """Writes a checkpoint of blocks that it is given one by one."""
+
+    def __init__(self, snapshots: Snapshots, journal: Journal, state: State, names: list[str]):
+        """Begins."""
+        super().__init__(name="zo2jax-saver", daemon=True)
+        self._snapshots, self._journal, self._state = snapshots, journal, state
+        self._names, self._steps = names[::-1], dict[str, int]()
+        self._handed: queue.Queue[_Entries | None] = queue.Queue(1)
+        self._ended = False  # all blocks were handed over
+        self.error: BaseException | None = None
+        self.given_up = False
+        self.began = time.monotonic()
+        self.start()
+
+    def run(self) -> None:
+        """What the thread does."""
+        try:
+            self._snapshots.save(self._state, self._blocks(), {}, self._steps)
+        except _GivenUp:
+            pass
+        except BaseException as error:  # for the thread of the run
+            self.error = error
+
+    def take(self, kept: Kept, weights: Weights) -> None:
+        """A copy of the next block, unless the one before is not being written yet."""
+        if self._handed.full() or self._ended:
+            return
+        if not self._names:  # the journal has the step at which the last block was handed over now
+            self._ended = True
+            self._handed.put(None)
+            return
+        name = self._names.pop()
+        self._steps[name] = weights.done
+        entries = kept.entries_of(weights.stream, name)
+        self._handed.put([(entry, jax.tree.map(on_host, leaves)) for entry, leaves in entries])
+
+    def give_up(self) -> None:
+        """Returns when nothing is written any more."""
+        if not self._ended:
+            self._ended = self.given_up = True
+            with contextlib.suppress(queue.Empty):
+                self._handed.get_nowait()
+            self._handed.put(None)
+        self.join()
+
+    def _blocks(self) -> Iterator[tuple[str, Params]]:
+        """What is to be written, as it is handed over."""
+        while (entries := self._handed.get()) is not None and not self.given_up:
+            while entries:
+                yield entries.pop(0)
+        if self.given_up:
+            raise _GivenUp
+        self._journal.sync()  # which no checkpoint is ahead of
