@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 
 import jax
+import numpy as np
 import pytest
 
 from zo2jax import cli
@@ -14,6 +15,7 @@ from zo2jax.bench import (
     Work,
     ablation,
     commands,
+    keeping,
     peers,
     process,
     random_model,
@@ -26,7 +28,7 @@ from zo2jax.bench.commands import run
 from zo2jax.bench.peers import Peer, asked, measure_peer
 from zo2jax.bench.step import WHAT, step
 from zo2jax.bench.step import measure as measure_step
-from zo2jax.bench.throughput import Setting, measure
+from zo2jax.bench.throughput import MODES, Setting, measure
 from zo2jax.models.blocks import owned_shapes
 from zo2jax.pages import Layout
 
@@ -354,3 +356,32 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(tmp_path,
     for command in ("throughput", "ablation"):
         assert cli.main(["bench", command, *words]) == 1
         assert "expected a file in a folder that is there" in capsys.readouterr().err
+
+
+# --- journal and checkpoints ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_replay_is_measured_and_has_the_runs_bits(mode, tmp_path, capsys, in_this_process):
+    command = ["replay", "--model", "opt-tiny", "--layers", "1", "--tokens", "8", "--mode", mode, "--refresh", "5"]
+    run(arguments(*command, "--steps", "16", "--json", str(tmp_path / "numbers.json")))
+    found = json.loads((tmp_path / "numbers.json").read_text())
+    assert found["differing"] == 0 and found["replay_s"] > 0
+    per_step = 2 * found["parameters"] * 2 / found["copy_gib_s"] / 2**30 * 1e3
+    assert found["floor_ms"] == pytest.approx(per_step / (5 if mode == "factored" else 1), rel=0.01)
+    assert "steps replayed a second" in capsys.readouterr().out
+
+
+def test_other_bits_are_counted():
+    a = {"x": {"w": np.zeros(3, np.float32), "v": np.float32([0.0, np.nan])}}
+    b = {"x": {"w": np.float32([0, -0.0, 0]), "v": np.float32([0.0, np.nan])}}
+    assert (keeping._differing(a, a), keeping._differing(a, b)) == (0, 1)
+
+
+def test_a_checkpoint_in_the_background_is_measured(tmp_path, capsys, in_this_process):
+    command = ["checkpoint", "--model", "opt-tiny", "--layers", "1", "--tokens", "8", "--steps", "2"]
+    run(arguments(*command, "--json", str(tmp_path / "numbers.json")))
+    found = json.loads((tmp_path / "numbers.json").read_text())
+    assert found["during"] >= 6 and found["speed"] == found["ms"] / found["during_ms"]
+    assert found["checkpoint_gib"] * 2**30 > found["parameters"] * 2
+    assert "speed in that time" in capsys.readouterr().out

@@ -1,18 +1,24 @@
-"""The blocks of a run, from a snapshot and the steps that its journal has after it."""
+"""The weights that a run begins or goes on with: its base, or a snapshot and what its journal has after it."""
 
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 
 from zo2jax.checkpoint import Snapshots
+from zo2jax.directory import Directory
 from zo2jax.factored import merge
+from zo2jax.header import digest
 from zo2jax.journal import Recorded
 from zo2jax.kept import BESIDE, Kept
+from zo2jax.mezo import State
 from zo2jax.models.blocks import Params, Source
 from zo2jax.models.model import Model
 from zo2jax.pages import on_host
+from zo2jax.plan import Plan
+from zo2jax.plan.machine import measure_link
 from zo2jax.weights import Weights
 
 
@@ -87,3 +93,47 @@ class Restored:
         if not self._kept.direction.read_only:
             return {}
         return self._snapshots.block(self._number, name + BESIDE, self._kept.beside(name))
+
+
+def opened(files: Directory, model: Model, kept: Kept, state: State, plan: Plan | None) -> tuple[Weights, State]:
+    """(weights, state) of the newest snapshot in a run's directory; or the model's and ``state``, with which it begins.
+
+    The weights may be of later steps than the state, but of none that the journal lacks.
+
+    Raises:
+        ValueError: if the snapshot is of another model or optimizer, or damaged; if the model is not what the journal
+            began with.
+    """
+    for left_behind in (files.path / "pages").glob("*.page"):  # by a run that was killed
+        left_behind.unlink()
+    if plan is not None and set(plan.tiers.values()) - {"device"}:
+        measure_link()  # while no step waits
+    where: dict[str, Any] = {"plan": plan, "pages": files.path / "pages"}
+    if (last := files.snapshots.last) is None:
+        return _begun(files, model, kept, state.key, where), state
+    try:
+        state = files.snapshots.restore(state, last)
+        restored = Restored(model, kept, files.snapshots, last, files.journal)
+        source, beside = restored.sources()
+        model = replace(model, source=source)
+        return Weights(model, kept, state.key, done=restored.done, beside=beside, **where), state
+    except ValueError as error:
+        raise ValueError(
+            f"the checkpoint of step {last} in {files.path} does not fit this model and optimizer ({error}): use those "
+            "that it was made with, or another directory"
+        ) from error
+
+
+def _begun(files: Directory, model: Model, kept: Kept, key: jax.Array, where: dict[str, Any]) -> Weights:
+    """The model's own weights, which the journal begins with."""
+    base: dict[str, str] = {}
+    source = Source.of(model.source).observed(lambda name, leaves: base.update({name: digest(leaves)}))
+    weights = Weights(replace(model, source=source), kept, key, **where)
+    try:
+        for name in weights.stream.in_files:  # nobody has read them yet
+            source.coded(name) if model.format is not None else source[name]
+        files.begin(base)
+    except BaseException:
+        weights.close()
+        raise
+    return weights

@@ -4,7 +4,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ import numpy as np
 from zo2jax.directions import step_keys
 from zo2jax.directory import Directory
 from zo2jax.estimators import Estimator
-from zo2jax.header import Header, digest
+from zo2jax.header import Header
 from zo2jax.journal import Record
 from zo2jax.kept import Kept
 from zo2jax.metrics import Metrics, memory_peaks, number, of_step
 from zo2jax.mezo import Info, State, begin, conclude
-from zo2jax.models.blocks import Source, forward, owned_shapes
+from zo2jax.models.blocks import forward, owned_shapes
 from zo2jax.models.hub import export
 from zo2jax.models.layers import Batch
 from zo2jax.models.model import Model
@@ -29,10 +29,9 @@ from zo2jax.objectives import Generated, mean_loss, ratio
 from zo2jax.optimizers import Optimizer, as_optimizer
 from zo2jax.plan import Plan
 from zo2jax.plan.machine import measure_link
-from zo2jax.restored import Restored
+from zo2jax.restored import opened
 from zo2jax.saver import Saver
 from zo2jax.updates import Rounding, Update, stochastic
-from zo2jax.weights import Weights
 
 Loss = Callable[[Any, Batch], jax.Array] | Generated
 
@@ -166,7 +165,7 @@ class Run:
         with ExitStack() as on_error:
             on_error.callback(self._files.close)
             began = time.monotonic()
-            self._weights = self._opened(trained, plan)
+            self._weights, self._state = opened(self._files, trained, self._kept, self._state, plan)
             on_error.callback(self._weights.close)
             self._stream = self._weights.stream
             self._replay()
@@ -193,6 +192,11 @@ class Run:
     def evaluated(self) -> bool:
         """Whether the present step has a held-out loss."""
         return self.steps_done in self._metrics.evaluated
+
+    @property
+    def saving(self) -> bool:
+        """Whether a checkpoint is written in the background, or will be from the next step on."""
+        return self._saver.busy
 
     @property
     def in_files(self) -> list[str]:
@@ -328,38 +332,6 @@ class Run:
         how, state = (self._estimator, self._optimizer), self._state
         info, opt_state, step = _conclude(*how, keys, sums, state.opt_state, state.step)
         return info, state._replace(opt_state=opt_state, step=step)
-
-    def _opened(self, model: Model, plan: Plan | None) -> Weights:
-        """The weights of the newest checkpoint; without one, the model's own, with which the journal begins."""
-        snapshots, last = self._files.snapshots, self._files.snapshots.last
-        for left_behind in (self.directory / "pages").glob("*.page"):  # by a run that was killed
-            left_behind.unlink()
-        if plan is not None and set(plan.tiers.values()) - {"device"}:
-            measure_link()  # while no step waits
-        where: dict[str, Any] = {"plan": plan, "pages": self.directory / "pages"}
-        if last is None:
-            base: dict[str, str] = {}
-            source = Source.of(model.source).observed(lambda name, leaves: base.update({name: digest(leaves)}))
-            weights = Weights(replace(model, source=source), self._kept, self._state.key, **where)
-            try:
-                for name in weights.stream.in_files:  # nobody has read them yet
-                    source.coded(name) if model.format is not None else source[name]
-                self._files.begin(base)
-            except BaseException:
-                weights.close()
-                raise
-            return weights
-        try:
-            self._state = snapshots.restore(self._state, last)
-            restored = Restored(model, self._kept, snapshots, last, self._files.journal)
-            source, beside = restored.sources()
-            how = self._kept, self._state.key
-            return Weights(replace(model, source=source), *how, done=restored.done, beside=beside, **where)
-        except ValueError as error:
-            raise ValueError(
-                f"the checkpoint of step {last} in {self.directory} does not fit this model and optimizer ({error}): "
-                "use those that it was made with, or another directory"
-            ) from error
 
     def _replay(self) -> None:
         """Takes the steps of the journal that are later than the weights."""

@@ -56,6 +56,11 @@ class Saver:
         self._snapshots.save(state, self._kept.entries(weights.stream), metrics)
         self._since = began
 
+    @property
+    def busy(self) -> bool:
+        """Whether there is something to be done in the background."""
+        return self._wanted or (self._background is not None and self._background.is_alive())
+
     def begin(self) -> None:
         """Has the next step begin a checkpoint in the background, unless one is under way."""
         self._wanted = self._background is None

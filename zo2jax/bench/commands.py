@@ -1,4 +1,4 @@
-"""The arguments of ``zo2jax bench step | throughput | ablation | trace``."""
+"""The arguments of ``zo2jax bench step | throughput | ablation | trace | replay | checkpoint``."""
 
 import argparse
 import sys
@@ -8,9 +8,10 @@ from typing import Any
 from rich.console import Console
 
 from zo2jax.bench.ablation import ablation
+from zo2jax.bench.keeping import CHECKPOINT, REPLAY, measure_checkpoint, measure_replay
 from zo2jax.bench.peers import DTYPES, Peer, asked, measure_peer, named
 from zo2jax.bench.process import measured, new_file
-from zo2jax.bench.report import save, throughput_table
+from zo2jax.bench.report import figures_table, save, throughput_table
 from zo2jax.bench.shapes import DEFAULT, SHAPES, Work
 from zo2jax.bench.step import WHAT, step
 from zo2jax.bench.throughput import MODES, NO_PREALLOCATION, Setting, measure
@@ -44,6 +45,23 @@ def throughput(setting: Setting, peer: Peer | None = None, json: str | None = No
     return found
 
 
+_KEEPING = {"replay": (measure_replay, REPLAY), "checkpoint": (measure_checkpoint, CHECKPOINT)}
+
+
+def keeping(what: str, setting: Setting, json: str | None = None) -> dict[str, Any]:
+    """Measures "replay" or "checkpoint" in a process of its own, prints a table, and writes all numbers to ``json``.
+
+    Raises:
+        ValueError: for a file that cannot be written, before anything is run.
+        RuntimeError: if the measurement fails.
+    """
+    path, (measure, lines) = new_file(json), _KEEPING[what]
+    found: dict[str, Any] = measured(what, measure, setting, env=NO_PREALLOCATION)
+    Console().print(figures_table(found, lines))
+    save(found, path)
+    return found
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the sub-commands to the parser of ``zo2jax bench``.
 
@@ -68,6 +86,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_setting(sub, json=False)
     sub.add_argument("-o", "--output", required=True, metavar="FILE", help="the picture to make: .png, .svg or .pdf")
     sub.add_argument("--window", type=float, default=80.0, metavar="MS", help="so much of a step, from its middle")
+
+    sub = commands.add_parser("replay", help="steps that are trained, then replayed from their journal on the device")
+    _add_setting(sub)
+    sub.set_defaults(steps=512, tier="device")
+
+    sub = commands.add_parser("checkpoint", help="steps before, during and after a checkpoint in the background")
+    _add_setting(sub)
 
 
 def _add_step(sub: argparse.ArgumentParser) -> None:
@@ -120,6 +145,8 @@ def run(arguments: argparse.Namespace) -> None:
         ablation(setting, arguments.json)
     elif arguments.bench == "trace":
         trace(setting, arguments.output, arguments.window)
+    elif arguments.bench in _KEEPING:
+        keeping(arguments.bench, setting, arguments.json)
     else:
         peer = None
         if arguments.peer is not None:

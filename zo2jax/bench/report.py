@@ -37,12 +37,20 @@ def ratio(a: float | None, b: float | None) -> float | None:
     return a / b if a is not None and b else None
 
 
+_EXAMPLE: dict[str, Any] = {
+    "setting": {"model": "tiny", "layers": 2, "rows": 1, "tokens": 8, "mode": "dense", "tier": "host", "prefetch": 1}
+    | {"device_memory": "4GiB", "steps": 10},
+    "parameters": 5 * 10**8,
+    "device": "cpu",
+    "versions": {"jax": "0.11.2"},
+}
+"""What every measurement says of itself, of one that was not made."""
+
+
 def title(found: Numbers) -> str:
     """What was measured, and where.
 
-    >>> setting = {"model": "tiny", "rows": 1, "tokens": 8, "mode": "dense", "tier": "host", "prefetch": 1}
-    >>> setting |= {"layers": 2, "device_memory": "4GiB"}
-    >>> title({"setting": setting, "parameters": 5 * 10**8, "device": "cpu", "versions": {"jax": "0.11.2"}})
+    >>> title(_EXAMPLE)
     'tiny (0.50 G parameters, cut to 2 layers), 1 x 8 tokens, dense, tier host within 4GiB, prefetch 1; cpu, jax 0.11.2'
     """
     setting = found["setting"]
@@ -81,12 +89,24 @@ _LINES = (  # what it is called, the figures, digits, and the figures of a peer 
 )
 
 
+def figures_table(found: Numbers, lines: Sequence[tuple[str, Sequence[str], int]]) -> Table:
+    """A line for each label whose figures, of these names and so many digits, were measured.
+
+    >>> figures_table(_EXAMPLE | {"ms": 2.0}, [("step, ms", ("ms",), 1), ("load, s", ("load_s",), 1)]).row_count
+    1
+    """
+    table = Table(title=title(found), show_header=False)
+    for label, names, digits in lines:
+        figures = [found.get(name) for name in names]
+        if any(figure is not None for figure in figures):
+            table.add_row(label, " / ".join(number(figure, digits) for figure in figures))
+    return table
+
+
 def throughput_table(found: Numbers) -> Table:
     """One figure a line, and a peer's beside it with the ratio of the two, if there is one.
 
-    >>> throughput_table({"setting": {"steps": 10, "layers": None, "device_memory": None, "model": "tiny", "rows": 1,
-    ...     "tokens": 8, "mode": "dense", "tier": "host", "prefetch": 1}, "parameters": 1, "device": "cpu",
-    ...     "versions": {"jax": "0.11.2"}, "ms": 2.0}).row_count
+    >>> throughput_table(_EXAMPLE | {"ms": 2.0}).row_count
     1
     """
     peer = found.get("peer") or {}

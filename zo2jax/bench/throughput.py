@@ -144,8 +144,8 @@ class Setting:
 
 
 @contextmanager
-def running(setting: Setting) -> Iterator[tuple[Run, dict[str, jax.Array]]]:
-    """A run of the setting, and its batch.
+def running(setting: Setting, estimator: Estimator | None = None) -> Iterator[tuple[Run, dict[str, jax.Array]]]:
+    """A run of the setting, perhaps with another estimator than its own, and its batch.
 
     >>> with running(Setting("opt-tiny", layers=1, tokens=4)) as (run, batch):
     ...     batch["ids"].shape
@@ -158,7 +158,9 @@ def running(setting: Setting) -> Iterator[tuple[Run, dict[str, jax.Array]]]:
     with (
         nullcontext() if setting.kernels else _without_kernels(),
         tempfile.TemporaryDirectory(dir=setting.directory) as directory,
-        Run(model, setting.estimator, sgd(1e-6), directory=directory, key=jax.random.key(0), plan=plan) as run,
+        Run(
+            model, estimator or setting.estimator, sgd(1e-6), directory=directory, key=jax.random.key(0), plan=plan
+        ) as run,
     ):
         del model
         yield run, batch

@@ -1,0 +1,129 @@
+"""``zo2jax bench replay | checkpoint``: what it costs to have a run's weights again, and to save them meanwhile."""
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.bench import copy_rate
+from zo2jax.bench.process import machine, memory
+from zo2jax.bench.rates import floor_ms
+from zo2jax.bench.throughput import WARM_UPS, Setting, running, timed_step
+from zo2jax.directions import lowrank
+from zo2jax.estimators import two_point
+from zo2jax.journal import Recorded
+from zo2jax.models.blocks import Params
+from zo2jax.models.model import Model
+from zo2jax.replay import read_journal, replay
+
+_COPIED = 2**28  # values of 16 bits: 0.5 GiB, which no cache holds
+_SHORT = 8  # the shorter one of two replays has so many times fewer steps
+
+REPLAY = (
+    ("training, ms a step", ("ms",), 2),
+    ("replay, ms a step / its share of training", ("replay_ms", "share"), 3),
+    ("steps replayed a second", ("replayed_per_s",), 1),
+    ("all of it, with base and hashes, s", ("replay_s",), 2),
+    ("floor of the device's memory, ms a step", ("floor_ms",), 3),
+    ("  replay / floor", ("floor_ratio",), 2),
+    ("leaves with other bits than the run's", ("differing",), 0),
+)
+"""The lines of a replay's table, see `zo2jax.bench.report.figures_table`."""
+CHECKPOINT = (
+    ("step, ms", ("ms",), 1),
+    ("  while a checkpoint is written: mean / most", ("during_ms", "most_ms"), 1),
+    ("  steps in that time", ("during",), 0),
+    ("  speed in that time / without", ("speed",), 3),
+    ("checkpoint, s / GiB", ("checkpoint_s", "checkpoint_gib"), 2),
+    ("peak device memory, GiB / more with it", ("peak_device_gib", "peak_device_gib_more"), 3),
+    ("peak host memory, GiB / more with it", ("peak_host_gib", "peak_host_gib_more"), 3),
+)
+"""Those of a checkpoint's."""
+
+
+def measure_replay(setting: Setting) -> dict[str, Any]:
+    """Trains ``setting.steps`` steps, and replays their journal block by block on the device.
+
+    Two replays of different lengths are timed, once all is compiled: their difference is what a step takes, without
+    the reading and hashing of the base. The floor of a step is one read and one write of the weights at the rate of a
+    copy, and with factored directions one of as many steps as a period has. All bits are compared with the run's.
+
+    >>> found = measure_replay(Setting("opt-tiny", layers=1, tokens=8, steps=16, tier="device"))
+    >>> found["differing"], found["replay_ms"] < found["ms"]
+    (0, True)
+    """
+    direction, refresh = setting.estimator.direction, setting.refresh or None
+    if direction.rank:
+        direction = lowrank(setting.rank, refresh=refresh)
+    with running(setting, two_point(1e-3, direction=direction)) as (run, batch):
+        found: dict[str, Any] = machine() | {"setting": asdict(setting), "parameters": run.model.parameter_count}
+        found["ms"] = statistics.median([timed_step(run, batch) * 1e3 for _ in range(setting.steps)])
+        run.flush()
+        model, journal, short = setting.random_model, read_journal(run.directory), max(setting.steps // _SHORT, 1)
+        _replayed(model, journal, short)
+        times = {count: _replayed(model, journal, count) for count in (short, setting.steps)}
+        found["replay_s"] = times[setting.steps]
+        found["replay_ms"] = (times[setting.steps] - times[short]) / (setting.steps - short) * 1e3
+        found["differing"] = _differing(replay(model, journal).source, run.model.source)
+        stream = run.model.source
+        nbytes = sum(leaf.nbytes for name in stream for leaf in jax.tree.leaves(stream[name]))
+    found["copy_gib_s"] = (rate := copy_rate(jnp.zeros(_COPIED, jnp.bfloat16), calls=10)) / 2**30
+    found["floor_ms"] = floor_ms(2 * nbytes, rate) / (refresh or setting.steps if direction.read_only else 1)
+    found |= {"share": found["replay_ms"] / found["ms"], "replayed_per_s": 1e3 / found["replay_ms"]}
+    return found | {"floor_ratio": found["replay_ms"] / found["floor_ms"]} | memory()
+
+
+def _replayed(model: Model, journal: Recorded, count: int) -> float:
+    """Seconds of a replay of so many steps."""
+    start = time.perf_counter()
+    source = replay(model, journal, step=count).source
+    for name in source:
+        jax.block_until_ready(source[name])
+    return time.perf_counter() - start
+
+
+def _differing(a: Mapping[str, Params], b: Mapping[str, Params]) -> int:
+    """How many leaves are not the same, in any bit."""
+    same = (
+        np.asarray(x).tobytes() == np.asarray(y).tobytes()
+        for name in b
+        for x, y in zip(jax.tree.leaves(a[name]), jax.tree.leaves(b[name]), strict=True)
+    )
+    return sum(not equal for equal in same)
+
+
+def measure_checkpoint(setting: Setting) -> dict[str, Any]:
+    """Times steps before, during and after a checkpoint in the background; and what it adds to the peaks of memory.
+
+    >>> found = measure_checkpoint(Setting("opt-tiny", layers=1, tokens=8, steps=2))
+    >>> found["during"] > 0, found["checkpoint_s"] > 0
+    (True, True)
+    """
+    with running(setting) as (run, batch):
+        found: dict[str, Any] = machine() | {"setting": asdict(setting), "parameters": run.model.parameter_count}
+        for _ in range((setting.period or 0) + WARM_UPS + 1):
+            timed_step(run, batch)
+
+        def times() -> list[float]:
+            return [timed_step(run, batch) * 1e3 for _ in range(setting.steps)]
+
+        before, peaks = times(), memory()
+        start, during = time.perf_counter(), list[float]()
+        run.save(wait=False)
+        while run.saving:
+            during.append(timed_step(run, batch) * 1e3)
+        found["checkpoint_s"] = time.perf_counter() - start
+        later = memory()
+        files = [path.stat().st_size for path in (run.directory / "checkpoints").rglob("*") if path.is_file()]
+        found |= {"checkpoint_gib": sum(files) / 2**30, "during": len(during)}
+        found |= {"ms": statistics.median([*before, *times()]), "during_ms": statistics.mean(during)}
+        found |= {"most_ms": max(during), "speed": found["ms"] / found["during_ms"]}
+    for name, peak in later.items():
+        found[name], old = peak, peaks[name]
+        found[f"{name}_more"] = None if peak is None or old is None else peak - old
+    return found
