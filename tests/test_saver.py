@@ -1,9 +1,12 @@
 """Checkpoints in the background: training goes on, and no bit of it is another one."""
 
+import gc
 import shutil
 import threading
+import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from killing import batches, model_of, opened
@@ -13,6 +16,8 @@ from zo2jax import saver
 from zo2jax.checkpoint import Snapshots
 from zo2jax.journal import JournalError
 from zo2jax.kept import Kept
+from zo2jax.metrics import read_metrics
+from zo2jax.replay import read_journal
 from zo2jax.restored import Restored
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -79,15 +84,14 @@ def test_blocks_of_several_steps_become_those_of_one(setting, tmp_path, monkeypa
         train(run, run.steps_done + 1)
         background = run._saver._background
         background.join()
-        assert (background.error, background.given_up) == (None, False)
-        assert run._files.snapshots.last == 6
-        steps = run._files.snapshots.steps(6)
+        assert background.error is None and run._files.snapshots.last == 6
+        steps = run._files.snapshots.steps(6).of
         assert list(steps) == list(run._stream) and sorted(set(steps.values())) == sorted(steps.values())
         train(run, 23)
         at = {23: jax.tree.map(np.asarray, dict(run.model.source))}
     snapshots = Snapshots(tmp_path / "run" / "checkpoints")
     estimator, _, rounding = run._estimator, run._optimizer, run._kept.rounding
-    journal = zo.replay.__globals__["read_journal"](tmp_path / "run")
+    journal = read_journal(tmp_path / "run")
     model = model_of(setting)
     restored = Restored(model, Kept.of(model, estimator, run._optimizer, rounding), snapshots, 6, journal)
     for step, weights in at.items():
@@ -107,7 +111,8 @@ def test_it_is_given_up_when_the_run_ends_or_saves(tmp_path, monkeypatch):
         train(run, 5)
         slow.turns.release(9)
         run.save()
-        assert (run._files.snapshots.last, run._files.snapshots.steps(5)) == (5, {})
+        assert (run._files.snapshots.last, run._files.snapshots.steps(5).of) == (5, {})
+        assert not run.saving
         run.save(wait=False)
         train(run, 8)
         slow.turns.release(9)
@@ -179,8 +184,11 @@ def mixed(tmp_path_factory):
             background = run._saver._background
             while background is not None and background.is_alive() and (background._handed.full() or background._ended):
                 background.join(0.01)
-        assert run._files.snapshots.steps(2)
+        assert run._files.snapshots.steps(2).of
     return folder
+
+
+STEPS = "checkpoints/2/blocks/steps.json"
 
 
 def cut(folder):
@@ -190,7 +198,11 @@ def cut(folder):
 
 DAMAGES = {
     "short": (cut, JournalError, "has a checkpoint of step 2, but its journal ends at step 4: put .* back from a copy"),
-    "gone": (lambda folder: (folder / "checkpoints/2/blocks/steps.json").unlink(), ValueError, "steps.json is damaged"),
+    "gone": (
+        lambda folder: (folder / "checkpoints/2/blocks/steps.json").unlink(),
+        ValueError,
+        "steps.json is missing: .*move .*journal alone",
+    ),
     "empty": (lambda folder: (folder / "checkpoints/2/blocks/steps.json").write_text(""), ValueError, "is damaged"),
 }
 
@@ -204,3 +216,116 @@ def test_what_cannot_be_restored_is_refused(case, mixed, tmp_path):
     with pytest.raises(error, match=message):
         opened("dense", tmp_path / "run")
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def model_with_still_blocks():
+    rng = np.random.default_rng(0)
+    parts = [
+        (lambda p, batch: batch["x"] @ p["w"], {"w": rng.normal(size=(6, 8)).astype(np.float32)}),
+        (lambda p, x: jnp.maximum(x, 0), {}),
+        (lambda p, x: x[:, p["order"]], {"order": np.arange(8, dtype=np.int32)[::-1].copy()}),
+        (lambda p, x: x * p["scale"], {"scale": np.ones(8, np.float32)}),
+        (lambda p, x: x @ p["w"], {"w": rng.normal(size=(8, 2)).astype(np.float32)}),
+    ]
+    return zo.blocks(parts, loss=lambda y, batch: jnp.mean((y - batch["t"]) ** 2))
+
+
+SMALL = {"x": np.ones((3, 6), np.float32), "t": np.zeros((3, 2), np.float32)}
+
+
+def small_run(folder, **options):
+    estimator = zo.two_point(1e-3, direction=options.pop("direction", zo.normal))
+    optimizer = options.pop("optimizer", zo.sgd(1e-2))
+    return zo.Run(model_with_still_blocks(), estimator, optimizer, directory=folder, key=jax.random.key(2), **options)
+
+
+def test_blocks_that_nothing_moves_in_come_back_too(tmp_path):
+    with small_run(tmp_path / "straight") as run:
+        for _ in range(20):
+            run.step(SMALL)
+        whole = kept(run)
+    with small_run(tmp_path / "run") as run:
+        run.save(wait=False)
+        while run._saver._wanted or run.saving:
+            run.step(SMALL)
+            time.sleep(0.05)
+        assert set(run._files.snapshots.steps(0).of) == {"0", "1", "2", "3", "4"}
+    with small_run(tmp_path / "run") as run:
+        for _ in range(run.steps_done, 20):
+            run.step(SMALL)
+        assert_same(kept(run), whole)
+    replayed = zo.replay(model_with_still_blocks(), tmp_path / "run").source
+    assert_same({name: leaves for name, leaves in replayed.items() if leaves}, {n: x for n, x in whole[0].items() if x})
+
+
+def test_a_copy_that_fails_leaves_no_block_out(tmp_path, monkeypatch):
+    failures = iter([False, False, True, *[False] * 99])
+    entries_of = Kept.entries_of
+
+    def failing(self, stream, block):
+        if next(failures):
+            raise MemoryError
+        return entries_of(self, stream, block)
+
+    monkeypatch.setattr(Kept, "entries_of", failing)
+    with small_run(tmp_path) as run:
+        run.step(SMALL)
+        run.save(wait=False)
+        with pytest.raises(MemoryError):
+            for _ in range(60):
+                run.step(SMALL)
+                time.sleep(0.02)
+        while run.saving:
+            run.step(SMALL)
+            time.sleep(0.05)
+        assert set(run._files.snapshots.steps(1).of) == {"0", "1", "2", "3", "4"}
+        found = kept(run)
+    with small_run(tmp_path) as run:
+        assert_same(kept(run), found)
+    steps = [line["step"] for line in read_metrics(tmp_path) if "train/loss" in line]
+    assert steps == list(range(1, int(found[2]) + 1))
+
+
+def test_what_was_saved_after_a_period_had_begun(tmp_path):
+    """A step that failed had taken the updates of the last period, and turned the momentum into the next one's."""
+    options = {"direction": zo.lowrank(2, refresh=3), "optimizer": zo.sgd(1e-2, momentum=0.9)}
+    with small_run(tmp_path / "straight", **options) as run:
+        for _ in range(8):
+            run.step(SMALL)
+        whole = kept(run)
+    with small_run(tmp_path / "run", **options) as run:
+        for _ in range(3):
+            run.step(SMALL)
+        with pytest.raises(TypeError):
+            run.step(SMALL | {"x": np.ones((3, 7), np.float32)})
+        run.save()
+    with small_run(tmp_path / "run", **options) as run:
+        for _ in range(5):
+            run.step(SMALL)
+        assert_same(kept(run), whole)
+
+
+def test_one_can_be_asked_for_when_the_last_is_done(tmp_path):
+    with small_run(tmp_path) as run:
+        for _ in range(2):
+            run.save(wait=False)
+            assert run.saving
+            while run.saving:
+                run.step(SMALL)
+                time.sleep(0.05)
+        assert run._files.snapshots.last > 0
+        run.save(wait=False)
+        run.save()
+        assert not run.saving
+
+
+def test_a_run_that_nobody_closes_leaves_no_thread(tmp_path):
+    run = small_run(tmp_path)
+    run.save(wait=False)
+    run.step(SMALL)
+    background = run._saver._background
+    assert background.is_alive()
+    del run
+    gc.collect()
+    background.join(10)
+    assert not background.is_alive()

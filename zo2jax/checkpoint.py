@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,12 +54,29 @@ def _placed(array: np.ndarray, like: Any) -> jax.Array:
     return jax.device_put(array, like.sharding) if getattr(like, "committed", False) else jnp.array(array)
 
 
+class Steps(NamedTuple):
+    """Of which steps the blocks of a snapshot are.
+
+    >>> Steps(False, {"head": 7}).needs(5)
+    8
+    """
+
+    begun: bool = False
+    """Whether a block is what the step after those makes its probes of, or what its own step ended with."""
+    of: Mapping[str, int] = {}
+    """Steps done, by block; those that are not named are of the snapshot's."""
+
+    def needs(self, step: int) -> int:
+        """How many steps of the journal the snapshot, which is of ``step``, is of no use without."""
+        return max([step, *(done + 1 for done in self.of.values())])
+
+
 class Snapshots:
     """The snapshots of one run directory: ``<step>/state``, ``<step>/metrics``, and ``<step>/blocks/<name>`` per block.
 
     A snapshot appears whole or not at all (Orbax commits by renaming). The last one is kept, and the one with the
     lowest ``eval/loss``. Every block is an Orbax checkpoint of its own, so one can be written or read while no other is
-    in memory. Blocks may be of later steps than the state: ``blocks/steps.json`` says so.
+    in memory. Blocks may be of later steps than the state: ``blocks/steps.json`` says so (`Steps`).
 
     >>> import tempfile
     >>> state = State({}, (), np.uint32(7), jax.random.key(0), np.zeros(1, np.uint32))
@@ -112,7 +129,7 @@ class Snapshots:
         state: State,
         blocks: Iterable[tuple[str, Params]],
         metrics: Mapping[str, float],
-        steps: Mapping[str, int] | None = None,
+        steps: Steps | None = None,
     ) -> None:
         """Saves a snapshot under the state's step; durable on return. A step that is saved already is left as it is.
 
@@ -121,7 +138,7 @@ class Snapshots:
             blocks: (name, nested dict of NumPy or jax arrays), asked for one at a time: each is durable, and not held
                 any more, before the next is asked for. Their memory may be reused then.
             metrics: what is known of this step; ``eval/loss`` decides which snapshot is the best.
-            steps: of blocks that are of other steps than the state; read when all blocks were given.
+            steps: of the blocks, read when all were given; that of the state if None.
 
         Raises:
             ValueError: if a block's name cannot be a folder's.
@@ -143,7 +160,8 @@ class Snapshots:
                     self._write(scratch / "blocks" / name, leaves)
                 del leaves  # or it would be in memory together with the next
             with _naming(self._folder):
-                (scratch / "blocks" / _STEPS).write_text(json.dumps(dict(steps or {})))
+                text = json.dumps((Steps() if steps is None else steps)._asdict())
+                (scratch / "blocks" / _STEPS).write_text(text)
                 _sync(scratch / "blocks" / _STEPS)
             items = ocp.args.Composite(**{item: _Written(scratch / item) for item in ("blocks", "state")})
             with _naming(self._folder):
@@ -168,25 +186,23 @@ class Snapshots:
         key = jax.random.wrap_key_data(tree.pop("key"), impl="threefry2x32")
         return State(params={}, key=key, **tree)
 
-    def steps(self, step: int) -> dict[str, int]:
-        """Of which steps the blocks of the snapshot of ``step`` are; those that are not named are of this step.
+    def steps(self, step: int) -> Steps:
+        """Of which steps the blocks of the snapshot of ``step`` are.
 
         Raises:
-            ValueError: if there is no such snapshot, or its file of steps is damaged.
+            ValueError: if there is no such snapshot, or its file of steps is missing or damaged.
         """
         path = self._snapshot(step) / "blocks" / _STEPS
         try:
-            return {str(name): int(step) for name, step in json.loads(path.read_text()).items()}
+            found = json.loads(path.read_text())
+            return Steps(bool(found["begun"]), {str(name): int(done) for name, done in found["of"].items()})
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{path} is missing: the checkpoint was saved by an older zo2jax, or is damaged. Put it back from a "
+                f"copy, or move {self._folder} away: the run goes on from its journal alone"
+            ) from error
         except _DAMAGE as error:
             raise _damaged(path, error) from error
-
-    def needs(self, step: int) -> int:
-        """How many steps of the journal the snapshot of ``step`` is of no use without.
-
-        Raises:
-            ValueError: as `steps` does.
-        """
-        return max([step, *(after + 1 for after in self.steps(step).values())])
 
     def block(self, step: int, name: str, like: Params) -> Params:
         """The block ``name`` of the snapshot of ``step``, as NumPy arrays; no file of another block is read.

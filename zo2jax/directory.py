@@ -118,7 +118,7 @@ class Directory:
         path, last = self.path / "journal", self.snapshots.last
         if path.is_file():
             self._journal = self._open.enter_context(Journal(path, self._sync_every, self._header))
-        if last is not None and self.snapshots.needs(last) > self.steps:
+        if last is not None and self.snapshots.steps(last).needs(last) > self.steps:
             what = f"its journal ends at step {self.steps}" if path.is_file() else "it has no journal"
             raise JournalError(
                 f"{self.path} has a checkpoint of step {last}, but {what}: put {path} back from a copy, or use another "

@@ -322,8 +322,15 @@ class Journal(Recorded):
         self.whole += row.nbytes
 
     def sync(self) -> None:
-        """Returns when all records are on the disk."""
-        os.fsync(self._file)
+        """Returns when all records are on the disk.
+
+        Raises:
+            OSError: if they cannot be put there.
+        """
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            raise type(error)(error.errno, f"{self.path} could not be put on the disk ({error.strerror})") from error
         self._synced = time.monotonic()
 
     def close(self) -> None:

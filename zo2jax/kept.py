@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 import jax
 import jax.numpy as jnp
 
-from zo2jax.directions import Direction, matrix_shape
+from zo2jax.directions import Direction, is_trained, matrix_shape
 from zo2jax.estimators import Estimator
 from zo2jax.formats import coded_shapes
 from zo2jax.models.blocks import Params, owned_shapes, set_leaf
@@ -70,6 +70,10 @@ class Kept:
             raise ValueError(f"targets {unknown} name no matrix, of which there are {', '.join(names[:9])}, ..")
         of_run = direction, estimator.directions, rounding, optimizer.momentum > 0
         return cls(owned_shapes(model.blocks), layouts, *of_run)
+
+    def moves(self, block: str) -> bool:
+        """Whether anything of a block is trained."""
+        return any(is_trained(leaf) for leaf in jax.tree.leaves(self.shapes[block]))
 
     def stored(self, block: str) -> Params:
         """What `zo2jax.stream.Stream.stored` gives of a block, as ``jax.ShapeDtypeStruct``."""

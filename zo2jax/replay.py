@@ -113,6 +113,8 @@ def _replayed(model: Model, journal: Recorded, steps: int, name: str) -> Params:
     of_run = from_json(header.direction), header.directions, ROUNDINGS[header.rounding], header.momentum > 0
     kept = Kept(owned_shapes(model.blocks), layouts_of(model.blocks, model.format), *of_run)
     checked = replace(model, source=Source.of(model.source).observed(check))
+    if not kept.moves(name):
+        return checked.source[name]
     weights = Weights.of_block(checked, name, kept, header.typed_key)
     try:
         weights.replay(journal, steps)

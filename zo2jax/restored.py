@@ -43,9 +43,11 @@ class Restored:
         """Reads of which steps the blocks are."""
         self._model, self._kept = model, kept
         self._snapshots, self._number, self._journal = snapshots, number, journal
-        self._begun = snapshots.steps(number)
-        self.done = number if not self._begun else 0 if journal is None else len(journal)
+        self._steps = snapshots.steps(number)
+        self.done = number if not self._steps.of else 0 if journal is None else len(journal)
         """Steps after which all blocks are had at once."""
+        self.begun = self._steps.begun and not self._steps.of
+        """Whether they are had as the next step begins; see `zo2jax.checkpoint.Steps`."""
 
     def sources(self) -> tuple[Source, Source]:
         """(leaves, what is beside them) after ``done`` steps, as `Stream.stored` and `Stream.beside` give them.
@@ -55,17 +57,20 @@ class Restored:
         found: dict[str, Params] = {}
 
         def caught_up(name: str) -> Params:
+            if not self._kept.moves(name):
+                found[name] = self._beside(name)
+                return self._leaves(name)
             with closing(self._weights(name, self.done)) as weights:
                 found[name] = jax.tree.map(on_host, weights.stream.beside(name))
                 return jax.tree.map(on_host, weights.stream.stored(name))
 
-        leaves, beside = (caught_up, found.pop) if self._begun else (self._leaves, self._beside)
+        leaves, beside = (caught_up, found.pop) if self._steps.of else (self._leaves, self._beside)
         both = ({name: partial(read, name) for name in self._kept.shapes} for read in (leaves, beside))
         return Source(next(both)), Source(next(both))
 
     def arrays(self, name: str, step: int) -> Params:
         """The leaves of a block as arrays after so many steps, of which none is before the snapshot."""
-        if not self._begun and step == self._number:
+        if not self._kept.moves(name) or (not self._steps.of and step == self._number):
             layout = self._kept.shapes[name], self._kept.layouts[name], self._kept.direction
             return merge(name, self._leaves(name), self._beside(name), *layout)
         with closing(self._weights(name, step)) as weights:
@@ -76,9 +81,8 @@ class Restored:
         assert self._journal is not None, "steps after a snapshot are in a journal"
         model = replace(self._model, source=Source({name: partial(self._leaves, name)}))
         beside = Source({name: partial(self._beside, name)})
-        done = {"done": self._begun.get(name, self._number), "begun": name in self._begun}
-        key = self._journal.header.typed_key
-        weights = Weights.of_block(model, name, self._kept, key, beside=beside, **done)
+        done, key = self._steps.of.get(name, self._number), self._journal.header.typed_key
+        weights = Weights.of_block(model, name, self._kept, key, done=done, begun=self._steps.begun, beside=beside)
         try:
             weights.replay(self._journal, step)
         except BaseException:
@@ -116,7 +120,9 @@ def opened(files: Directory, model: Model, kept: Kept, state: State, plan: Plan 
         restored = Restored(model, kept, files.snapshots, last, files.journal)
         source, beside = restored.sources()
         model = replace(model, source=source)
-        return Weights(model, kept, state.key, done=restored.done, beside=beside, **where), state
+        how = kept, state.key
+        weights = Weights(model, *how, done=restored.done, begun=restored.begun, beside=beside, **where)
+        return weights, state
     except ValueError as error:
         raise ValueError(
             f"the checkpoint of step {last} in {files.path} does not fit this model and optimizer ({error}): use those "

@@ -167,9 +167,9 @@ class Run:
             began = time.monotonic()
             self._weights, self._state = opened(self._files, trained, self._kept, self._state, plan)
             on_error.callback(self._weights.close)
-            self._stream = self._weights.stream
+            self._stream, saved = self._weights.stream, int(self._state.step)
             self._replay()
-            behind = time.monotonic() - began
+            behind = time.monotonic() - began if self.steps_done > saved else 0.0
             self._saver = Saver(self._files.snapshots, self._files.journal, self._kept, replay_within, behind)
             self._metrics = Metrics(self.directory, self.steps_done or -1, tensorboard=tensorboard)
             on_error.pop_all()
@@ -242,6 +242,7 @@ class Run:
         up, down = self._stream.bytes_up - up, self._stream.bytes_down - down
         info, state = self._concluded(keys, sums)
         self._record(self._pending)  # the one before; if that fails, this one was not done
+        self._pending = None
         self._saver.step(self._state, self._weights)
         self._state = state
         self._weights.take(info.update)

@@ -80,6 +80,11 @@ class Weights:
         block = replace(block, shapes=owned_shapes([block])[name], aliases={})  # tied leaves move where they are owned
         return cls(replace(model, blocks=(block,)), kept, key, **options)
 
+    @property
+    def begun(self) -> bool:
+        """Whether the period of the next step has begun."""
+        return self._period == self._period_of(self.done)
+
     def begin(self) -> None:
         """Where a period begins with the next step: takes the updates of the last one into the matrices."""
         period = self._period_of(self.done)

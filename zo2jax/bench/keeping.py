@@ -57,6 +57,8 @@ def measure_replay(setting: Setting) -> dict[str, Any]:
     >>> found["differing"], found["replay_ms"] < found["ms"]
     (0, True)
     """
+    if setting.steps < 2:
+        raise ValueError(f"steps is {setting.steps}, expected 2 or more, of which some are replayed alone")
     direction, refresh = setting.estimator.direction, setting.refresh or None
     if direction.rank:
         direction = lowrank(setting.rank, refresh=refresh)

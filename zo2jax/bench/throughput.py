@@ -1,6 +1,7 @@
 """``zo2jax bench throughput``: a step of a run with its blocks in a tier, beside the floor of link and disk."""
 
 import importlib
+import math
 import statistics
 import tempfile
 import time
@@ -154,13 +155,11 @@ def running(setting: Setting, estimator: Estimator | None = None) -> Iterator[tu
     model = setting.random_model
     model.check_tokens(setting.tokens)
     batch = Work(tokens=setting.tokens, rows=setting.rows).batch(model.config.vocabulary)
-    plan = setting.plan(model)
+    options: dict[str, Any] = {"key": jax.random.key(0), "plan": setting.plan(model), "replay_within": math.inf}
     with (
         nullcontext() if setting.kernels else _without_kernels(),
         tempfile.TemporaryDirectory(dir=setting.directory) as directory,
-        Run(
-            model, estimator or setting.estimator, sgd(1e-6), directory=directory, key=jax.random.key(0), plan=plan
-        ) as run,
+        Run(model, estimator or setting.estimator, sgd(1e-6), directory=directory, **options) as run,
     ):
         del model
         yield run, batch
