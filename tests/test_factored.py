@@ -280,7 +280,7 @@ def test_codes_are_the_matrices_that_they_stand_for(name, refresh, plan, tmp_pat
         np.testing.assert_allclose(ours, theta, atol=coded + 1e-5 * np.abs(theta).max(), err_msg=leaf)
 
 
-@pytest.mark.parametrize("refresh", [5, None])
+@pytest.mark.parametrize("refresh", [5, pytest.param(None, marks=pytest.mark.slow)])
 def test_a_run_of_codes_goes_on_with_the_same_bits(refresh, tmp_path, monkeypatch):
     """Also where matrices have pages of their own for a while."""
     model = FAMILIES["llama"](True).init(jax.random.key(1), "bfloat16").with_format(zo.int8(keep=("head.*", "*.k.*")))

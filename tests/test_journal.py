@@ -172,7 +172,7 @@ def straight(tmp_path_factory):
 
 CALLS = {"time": 1500, "journal": 190, "page": 500, "snapshot": 24, "background": 24, "fold": 80}
 """Milliseconds, or calls, of which there are a few more; but in the background, where what is late is given up."""
-SOME = [("disk", "page"), ("disk", "time"), ("codes", "background"), ("momentum", "fold"), ("momentum", "journal")]
+SOME = [("disk", "page"), ("disk", "time"), ("momentum", "background"), ("momentum", "fold"), ("momentum", "journal")]
 MORE = [
     (setting, where)
     for _ in range(3)

@@ -197,7 +197,10 @@ def test_tiers_change_no_weights_and_no_evaluation(arguments, tmp_path, capsys, 
 @pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize(
     ("format", "direction"),
-    [pytest.param("", "lowrank", marks=pytest.mark.slow), ("int8", "lowrank"), ("int8", "rademacher")],
+    [
+        ("int8", "lowrank"),
+        *(pytest.param(x, d, marks=pytest.mark.slow) for x, d in (("", "lowrank"), ("int8", "rademacher"))),
+    ],
 )
 def test_a_run_that_only_reads_is_evaluated_as_it_was_while_it_ran(arguments, tmp_path, capsys, format, direction):
     """Within a period, from its checkpoint alone and from its export."""

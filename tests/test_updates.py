@@ -131,8 +131,15 @@ def test_decay_skips_vectors():
 
 
 @pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("direction", [zo.normal, zo.rademacher])
+@pytest.mark.parametrize(
+    ("direction", "dtype"),
+    [
+        (zo.normal, jnp.float32),
+        (zo.rademacher, jnp.bfloat16),
+        pytest.param(zo.normal, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param(zo.rademacher, jnp.float32, marks=pytest.mark.slow),
+    ],
+)
 def test_every_program_moves_every_bit_alike(dtype, direction):
     """Eager, op by op, jitted, fused into a larger program, in a scan, with donation, leaf by leaf."""
     params, ids = make_params(dtype), leaf_ids(make_params(dtype))
