@@ -55,6 +55,13 @@ def opened(setting, directory):
     return zo.Run(model_of(setting), zo.two_point(1e-3, direction=direction), optimizer, **options)
 
 
+def kept(run):
+    """All that a run keeps, as arrays."""
+    run.flush()
+    entries = dict(run._kept.entries(run._stream)), run._state.opt_state, run._state.step
+    return jax.tree.map(np.asarray, entries)
+
+
 def go(run, until=STEPS):
     """Steps, with a checkpoint now and then; gives all that the run keeps, as arrays."""
     data = batches()
@@ -65,9 +72,7 @@ def go(run, until=STEPS):
         if run.steps_done % SAVE_EVERY == 0:
             run.evaluate(data[:1])
             run.save()
-    run.flush()
-    kept = dict(run._kept.entries(run._stream)), run._state.opt_state, run._state.step
-    return jax.tree.map(np.asarray, kept)
+    return kept(run)
 
 
 def kill():

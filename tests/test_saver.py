@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from killing import batches, model_of, opened
+from killing import batches, kept, model_of, opened
 
 import zo2jax as zo
 from zo2jax import saver
@@ -23,13 +23,6 @@ from zo2jax.restored import Restored
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 SLOW = pytest.mark.slow
 DATA = batches()
-
-
-def kept(run):
-    """All that a run keeps, as arrays."""
-    run.flush()
-    entries = dict(run._kept.entries(run._stream)), run._state.opt_state, run._state.step
-    return jax.tree.map(np.asarray, entries)
 
 
 def assert_same(a, b):
@@ -95,14 +88,10 @@ def test_blocks_of_several_steps_become_those_of_one(setting, tmp_path, monkeypa
         steps = run._files.snapshots.steps(6).of
         assert list(steps) == list(run._stream) and sorted(set(steps.values())) == sorted(steps.values())
         train(run, 23)
-        at = {23: jax.tree.map(np.asarray, dict(run.model.source))}
+        weights = jax.tree.map(np.asarray, dict(run.model.source))
     snapshots = Snapshots(tmp_path / "run" / "checkpoints")
-    estimator, _, rounding = run._estimator, run._optimizer, run._kept.rounding
-    journal = read_journal(tmp_path / "run")
-    model = model_of(setting)
-    restored = Restored(model, Kept.of(model, estimator, run._optimizer, rounding), snapshots, 6, journal)
-    for step, weights in at.items():
-        assert_same({name: restored.arrays(name, step) for name in weights}, weights)
+    restored = Restored(model_of(setting), run._kept, snapshots, 6, read_journal(tmp_path / "run"))
+    assert_same({name: restored.arrays(name, 23) for name in weights}, weights)
     snapshots.close()
     with opened(setting, tmp_path / "run") as run:
         assert run.steps_done == 23

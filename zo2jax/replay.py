@@ -1,6 +1,7 @@
 """Replay: the weights of any step of a run, from its base weights and its journal."""
 
 import json
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -115,9 +116,5 @@ def _replayed(model: Model, journal: Recorded, steps: int, name: str) -> Params:
     checked = replace(model, source=Source.of(model.source).observed(check))
     if not kept.moves(name):
         return checked.source[name]
-    weights = Weights.of_block(checked, name, kept, header.typed_key)
-    try:
-        weights.replay(journal, steps)
+    with closing(Weights.of_block(checked, name, kept, journal, steps)) as weights:
         return weights.stream[name]
-    finally:
-        weights.close()

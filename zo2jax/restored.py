@@ -65,8 +65,8 @@ class Restored:
                 return jax.tree.map(on_host, weights.stream.stored(name))
 
         leaves, beside = (caught_up, found.pop) if self._steps.of else (self._leaves, self._beside)
-        both = ({name: partial(read, name) for name in self._kept.shapes} for read in (leaves, beside))
-        return Source(next(both)), Source(next(both))
+        names = self._kept.shapes
+        return Source({n: partial(leaves, n) for n in names}), Source({n: partial(beside, n) for n in names})
 
     def arrays(self, name: str, step: int) -> Params:
         """The leaves of a block as arrays after so many steps, of which none is before the snapshot."""
@@ -81,14 +81,8 @@ class Restored:
         assert self._journal is not None, "steps after a snapshot are in a journal"
         model = replace(self._model, source=Source({name: partial(self._leaves, name)}))
         beside = Source({name: partial(self._beside, name)})
-        done, key = self._steps.of.get(name, self._number), self._journal.header.typed_key
-        weights = Weights.of_block(model, name, self._kept, key, done=done, begun=self._steps.begun, beside=beside)
-        try:
-            weights.replay(self._journal, step)
-        except BaseException:
-            weights.close()
-            raise
-        return weights
+        begin: dict[str, Any] = {"done": self._steps.of.get(name, self._number), "begun": self._steps.begun}
+        return Weights.of_block(model, name, self._kept, self._journal, step, beside=beside, **begin)
 
     def _leaves(self, name: str) -> Params:
         return self._snapshots.block(self._number, name, self._kept.stored(name))

@@ -74,11 +74,17 @@ class Weights:
         self._lacking = self._nothing
 
     @classmethod
-    def of_block(cls, model: Model, name: str, kept: Kept, key: jax.Array, **options: Any) -> "Weights":
-        """The weights of one block of a model, on the device, as if it were all of it."""
+    def of_block(cls, model: Model, name: str, kept: Kept, journal: Recorded, until: int, **options: Any) -> "Weights":
+        """The weights of one block of a model after steps of a journal, on the device, as if it were all of it."""
         block = next(block for block in model.blocks if block.name == name)
         block = replace(block, shapes=owned_shapes([block])[name], aliases={})  # tied leaves move where they are owned
-        return cls(replace(model, blocks=(block,)), kept, key, **options)
+        weights = cls(replace(model, blocks=(block,)), kept, journal.header.typed_key, **options)
+        try:
+            weights.replay(journal, until)
+        except BaseException:
+            weights.close()
+            raise
+        return weights
 
     @property
     def begun(self) -> bool:

@@ -17,7 +17,7 @@ from zo2jax.bench.throughput import WARM_UPS, Setting, running, timed_step
 from zo2jax.directions import lowrank
 from zo2jax.estimators import two_point
 from zo2jax.journal import Recorded
-from zo2jax.models.blocks import Params
+from zo2jax.models.blocks import Params, owned_shapes
 from zo2jax.models.model import Model
 from zo2jax.replay import read_journal, replay
 
@@ -72,8 +72,7 @@ def measure_replay(setting: Setting) -> dict[str, Any]:
         found["replay_s"] = times[setting.steps]
         found["replay_ms"] = (times[setting.steps] - times[short]) / (setting.steps - short) * 1e3
         found["differing"] = _differing(replay(model, journal).source, run.model.source)
-        stream = run.model.source
-        nbytes = sum(leaf.nbytes for name in stream for leaf in jax.tree.leaves(stream[name]))
+    nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(owned_shapes(model.blocks)))
     found["copy_gib_s"] = (rate := copy_rate(jnp.zeros(_COPIED, jnp.bfloat16), calls=10)) / 2**30
     found["floor_ms"] = floor_ms(2 * nbytes, rate) / (refresh or setting.steps if direction.read_only else 1)
     found |= {"share": found["replay_ms"] / found["ms"], "replayed_per_s": 1e3 / found["replay_ms"]}
