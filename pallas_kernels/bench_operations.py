@@ -90,7 +90,8 @@ class Op(NamedTuple):
         count = self.updates if self.pending is None else self.pending
         draws = jax.random.bits(key, (count + 1, self.directions, 2), jnp.uint32)
         coefs = jnp.full((count, self.directions), STEP, jnp.float32)
-        terms: Terms | Pending | None = Terms(draws[:-1], coefs) if self.updates else None
+        used = jnp.int32(count) if count > 1 else None  # in a replay a kernel is told how many there are
+        terms: Terms | Pending | None = Terms(draws[:-1], coefs, None, used) if self.updates else None
         if self.pending is not None:  # with room for one term more than there are
             padded = jnp.pad(coefs[:, 0], (0, 1))
             terms = Pending(draws[:, 0], padded, jnp.int32(self.pending), jnp.float32(0))
@@ -180,7 +181,9 @@ OPS: dict[str, Operation] = {
     "update_dual": Op(updates=1, members=2),
     "update_dual_rademacher": Op(updates=1, members=2, pair=bits.rademacher_pair),
     "update_dual_stochastic": Op(updates=1, members=2, rounding=bits.round_stochastically),
-    "replay16": Op(updates=16),
+    "replay64": Op(updates=64),
+    "replay64_rademacher": Op(updates=64, pair=bits.rademacher_pair),
+    "replay64_stochastic": Op(updates=64, rounding=bits.round_stochastically),
     "average8": Op(updates=1, directions=8),
     "codes_dual": Op(members=2, pending=0),
     "codes_dual_rademacher": Op(members=2, pending=0, pair=bits.rademacher_pair),

@@ -170,10 +170,12 @@ def _check(w: jax.Array, terms: Terms | None, probes: Probes | None) -> None:
     if terms is not None:
         updates, directions = terms.coefs.shape if terms.coefs.ndim == 2 else (0, 0)
         decay = (updates,) if terms.decay is None else terms.decay.shape
-        if not updates or not directions or terms.keys.shape != (updates, directions, 2) or decay != (updates,):
+        used = () if terms.used is None else terms.used.shape
+        fit = terms.keys.shape == (updates, directions, 2) and decay == (updates,) and used == ()
+        if not updates or not directions or not fit:
             raise ValueError(
-                f"terms have keys{list(terms.keys.shape)}, coefs{list(terms.coefs.shape)}, decay{list(decay)}: "
-                "expected [U, K, 2], [U, K], [U], none of them empty"
+                f"terms have keys{list(terms.keys.shape)}, coefs{list(terms.coefs.shape)}, decay{list(decay)}, "
+                f"used{list(used)}: expected [U, K, 2], [U, K], [U], [], none of them empty"
             )
     if probes is not None:
         check_probes("probes have", probes)
@@ -225,6 +227,8 @@ def _launch(
             x = x.reshape(*lead, rows, width)[..., before : before + columns]
         return x.reshape(*lead, *shape)
 
+    if terms is not None and terms.used is not None:
+        terms = terms._replace(used=terms.used.reshape(1))
     members = None if probes is None else jax.ShapeDtypeStruct((probes.matrix.shape[0], *tiled), w.dtype)
     kernel = plgpu.kernel(
         partial(_body, plan),
@@ -286,7 +290,7 @@ def _updated(wide: jax.Array, terms: Any, dtype: Any, rounding: Rounding, draws:
 
     ``draws`` are words(key), z(words) and values(map, words).
     """
-    keys, coefs, decay = terms
+    keys, coefs, decay, used = terms
     updates, directions = coefs.shape
     words, z, values = draws
 
@@ -302,4 +306,6 @@ def _updated(wide: jax.Array, terms: Any, dtype: Any, rounding: Rounding, draws:
             return x
         return rounding(x, dtype, lambda: values(bits.rounding_pair, first)).astype(jnp.float32)
 
-    return update(0, wide) if updates == 1 else lax.fori_loop(0, updates, update, wide)
+    if used is None and updates == 1:
+        return update(0, wide)
+    return lax.fori_loop(0, updates if used is None else used[0], update, wide)

@@ -24,7 +24,7 @@ class Terms(NamedTuple):
     so that many at once give the weights that they would give one by one.
 
     >>> Terms(jnp.zeros((1, 1, 2), jnp.uint32), jnp.zeros((1, 1)))._fields
-    ('keys', 'coefs', 'decay')
+    ('keys', 'coefs', 'decay', 'used')
     """
 
     keys: jax.Array
@@ -33,6 +33,8 @@ class Terms(NamedTuple):
     """float32 [U, K]."""
     decay: jax.Array | None = None
     """float32 [U], the fraction of a weight that goes; None for none."""
+    used: jax.Array | None = None
+    """int32 [], how many of them there are, from the first on; None for all."""
 
 
 class Probes(NamedTuple):
@@ -197,8 +199,10 @@ def perturb(
             # Without the barrier XLA drops the rounding for whoever reads the float32 value.
             return lax.optimization_barrier(x).astype(jnp.float32)
 
-        updates = terms.keys.shape[0]
-        wide = lax.fori_loop(0, updates, update, wide, unroll=updates == 1)
+        if terms.used is None and len(terms.keys) == 1:
+            wide = update(jnp.int32(0), wide)
+        else:
+            wide = lax.fori_loop(0, len(terms.keys) if terms.used is None else terms.used, update, wide)
         w = wide.astype(w.dtype)
     if probes is None:
         return w, None

@@ -210,6 +210,7 @@ def test_updates_and_probes_at_once_equal_one_by_one(implementation, dtype):
     at_once = step(w, terms, probes)
     moved = w
     for u in range(3):
+        assert_same_bits(moved, step(w, terms._replace(used=jnp.int32(u)))[0])  # the first so many
         moved, none = step(moved, jax.tree.map(lambda x, u=u: x[u : u + 1], terms))
         assert none is None
     assert_same_bits(at_once, step(moved, None, probes))
@@ -320,6 +321,7 @@ def test_empty_arrays(shape):
         ((jnp.zeros(2), Terms(keys(2), jnp.ones(2))), {}, ValueError, r"expected \[U, K, 2\]"),
         ((jnp.zeros(2), Terms(keys(0, 1), jnp.ones((0, 1)))), {}, ValueError, "none of them empty"),
         ((jnp.zeros(2), Terms(keys(1, 1), jnp.ones((1, 1)), jnp.ones(2))), {}, ValueError, r"decay\[2\]"),
+        ((jnp.zeros(2), Terms(keys(1, 1), jnp.ones((1, 1)), None, jnp.ones(2))), {}, ValueError, r"used\[2\]"),
         ((jnp.zeros(2), None, Probes(keys(2), jnp.ones((2, 1)))), {}, ValueError, r"keys\[2, 2\], matrix\[2, 1\]"),
         ((jnp.zeros(2), None, Probes(keys(1), jnp.ones((0, 1)))), {}, ValueError, "neither of them empty"),
         ((jnp.zeros(2),), {"implementation": "cuda"}, ValueError, "'cuda', expected None or one of 'mosaic'"),
@@ -361,6 +363,7 @@ def test_a_kernel_asked_for_by_name_is_refused_with_the_reason(name):
 def test_kernels_lower_for_cuda(monkeypatch, name, dtype, pair, rounding, shape, counts):
     updates, directions, members = counts
     terms = random_terms(updates, directions) if updates else None
+    terms = terms._replace(used=jnp.int32(2)) if updates > 1 else terms
     probes = random_probes(members, directions) if members else None
     monkeypatch.setattr(importlib.import_module("pallas_kernels.perturb"), "choose", lambda *_: name)
     program = jax.jit(partial(perturb, pair=pair, rounding=rounding, implementation=name))

@@ -55,6 +55,23 @@ def test_float32_against_float64(direction, k, decay):
     np.testing.assert_array_equal(moved["i"], params["i"])
 
 
+@pytest.mark.parametrize("direction", [zo.normal, zo.rademacher, zo.lowrank(2)])
+@pytest.mark.parametrize("rounding", [zo.nearest, zo.stochastic])
+def test_several_updates_from_one_read_equal_one_by_one(direction, rounding):
+    params, sequence = make_params(jnp.bfloat16), [make_update(2, decay=0.1) for _ in range(3)]
+    if direction.rank:
+        sequence = [update._replace(keys=jnp.stack([update.keys] * 2, 1)) for update in sequence]
+    stacked, ids = jax.tree.map(lambda *x: jnp.stack(x), *sequence), leaf_ids(params)
+    step = jax.jit(updates.move, static_argnames=("direction", "rounding"))
+    how, moved = {"direction": direction, "rounding": rounding}, params
+    for count, update in enumerate(sequence):
+        first = step(params, ids, stacked, count=jnp.int32(count), **how)[0]
+        jax.tree.map(np.testing.assert_array_equal, first, moved)
+        moved = step(moved, ids, update, **how)[0]
+    jax.tree.map(np.testing.assert_array_equal, step(params, ids, stacked, **how)[0], moved)
+    assert np.mean(np.asarray(moved["m"] != params["m"])) > 0.3
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_nearest_is_the_float32_result_rounded_once(dtype):
     params, update = make_params(dtype), make_update(2, decay=0.1)

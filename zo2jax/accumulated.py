@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,15 +63,17 @@ class Accumulated(Masters):
 
     def restart(self, basis: jax.Array) -> None:
         """Begins anew after a fold, with another V, which momentum is taken along to."""
-        old, self._basis = self._basis, Basis(basis, jnp.float32(0))
+        old = self._basis
+        gone, zeros = _nothing((old.gone, {name: [own.p for own in sums if own] for name, sums in self.sums.items()}))
+        self._basis = Basis(basis, gone)
         for name, layout in self._layouts.items():
             kept: list[Sum | None] = []
-            for (leaf, place), own in zip(layout.matrices, self.sums[name], strict=True):
+            for (leaf, place), own, p in zip(layout.matrices, self.sums[name], zeros[name], strict=True):
                 assert own is not None, "there are no folds with adapters"
                 n = own.n
                 if n is not None:
                     n = projected(n, *(self._v(x, name, leaf, place) for x in (old, self._basis)))
-                kept.append(Sum(jnp.zeros_like(own.p), n))
+                kept.append(Sum(p, n))
             self.sums[name] = tuple(kept)
 
     def _v(self, basis: Basis, name: str, leaf: str, place: Place) -> jax.Array:
@@ -90,7 +93,7 @@ class Accumulated(Masters):
         shared = tuple(self.sums[home][self._places[home][place]] for home, place in tied)
         return Beside(self.sums[name], shared, self._basis)
 
-    def update(self, updates: Update, count: jax.Array) -> None:
+    def update(self, updates: Update, count: Any) -> None:
         """Takes in what the first ``count`` updates let go of all matrices; P changes in visits, as adapters do."""
         if self._direction.adapter is None:
             self._basis = _after_all(self._basis, updates, count)
@@ -126,6 +129,7 @@ class Accumulated(Masters):
         return found | super().saved(name)
 
 
+_nothing = jax.jit(partial(jax.tree.map, jnp.zeros_like))  # one program: they are many
 _after_all = jax.jit(partial(in_order, after))
 
 

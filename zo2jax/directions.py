@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -352,7 +352,7 @@ def factors(direction: Direction, keys: jax.Array, shape: tuple[int, int]) -> tu
     ((3, 2), (5, 2))
     """
     rank, (rows, columns) = direction.rank, shape
-    u_scale: Any = np.float32(1 / math.sqrt(rank))
+    u_scale: Any = u_scale_of(rank)
     v_scale = np.float32(1)
     if direction.adapter is not None:
         u_scale = np.repeat(np.array([direction.adapter, 1], np.float32), (rows, columns))[:, None]
@@ -361,6 +361,30 @@ def factors(direction: Direction, keys: jax.Array, shape: tuple[int, int]) -> tu
         bits.draw(direction.pair, keys[i], jnp.arange(n, dtype=jnp.uint32), rank) for i, n in enumerate((rows, columns))
     )
     return bits.cut12(u * u_scale), lax.reduce_precision(v * v_scale, exponent_bits=8, mantissa_bits=7)
+
+
+def u_scale_of(rank: int) -> np.float32:
+    """What U of a `lowrank` direction is scaled by.
+
+    >>> float(u_scale_of(4))
+    0.5
+    """
+    return np.float32(1 / math.sqrt(rank))
+
+
+@lru_cache
+def u_pair(direction: Direction) -> bits.WordMap:
+    """The two entries of U of a `lowrank` direction that come from a word, as `factors` has them.
+
+    >>> [float(u) for u in u_pair(lowrank(4))(jnp.uint32(0x12345678))]
+    [-0.6025390625, 0.9794921875]
+    """
+
+    def pair(word: jax.Array) -> tuple[jax.Array, jax.Array]:
+        first, second = direction.pair(word)
+        return bits.cut12(first * u_scale_of(direction.rank)), bits.cut12(second * u_scale_of(direction.rank))
+
+    return pair
 
 
 def expand(p: jax.Array, v: jax.Array) -> jax.Array:

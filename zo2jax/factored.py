@@ -24,16 +24,17 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import bits
+from pallas_kernels.perturb import Terms, perturb
 from pallas_kernels.quantized import Codes
 from pallas_kernels.reference import decayed
-from zo2jax.directions import Direction, expand, factors, leaf_id, matrix_shape
+from zo2jax.directions import Direction, expand, factors, leaf_id, matrix_shape, u_pair
 from zo2jax.models.blocks import Params, set_leaf
 from zo2jax.models.layers import product
 from zo2jax.models.quantized import cut, dense, rows_of, times
 from zo2jax.pages import Layout, Place, codes_in, encoded, flat
 from zo2jax.pending import merged as with_pending
 from zo2jax.pending import saved_pending
-from zo2jax.updates import Update, by_leaf, combined, folded, joined
+from zo2jax.updates import Update, by_leaf, combined, folded, in_order, joined
 
 
 class Basis(NamedTuple):
@@ -61,8 +62,17 @@ class Sum(NamedTuple):
     n: jax.Array | None = None
     """N, of the same shape; None for an optimizer without momentum."""
 
-    def moved(self, update: Update, keys: jax.Array, direction: Direction, shape: tuple[int, int]) -> "Sum":
+    def moved(
+        self,
+        update: Update,
+        keys: jax.Array,
+        direction: Direction,
+        shape: tuple[int, int],
+        count: jax.Array | None = None,
+    ) -> "Sum":
         """After an update of a matrix of this shape, with the leaf's ``keys`` uint32 [K, 2, 2]; exact products only.
+
+        Or after the first ``count`` of several, whose arrays, and keys, have another axis in front.
 
         >>> from zo2jax.directions import lowrank
         >>> update = Update(jax.random.split(jax.random.key(0), (1, 2)), jnp.ones(1), jnp.float32(0), jnp.float32(0.5))
@@ -71,6 +81,12 @@ class Sum(NamedTuple):
         >>> bool((half == 0.5 * plain).all())
         True
         """
+        if update.decay.ndim:
+            if self.n is None and direction.adapter is None:  # all from one read of P
+                terms = Terms(keys[..., 0, :], bits.cut12(update.coefs), bits.cut12(update.decay), count)
+                return Sum(perturb(self.p, terms, pair=u_pair(direction))[0])
+            one = lambda held, update: held.moved(update, update.keys, direction, shape)  # noqa: E731
+            return in_order(one, self, update._replace(keys=keys), count)
         coefs, decay = (bits.cut12(x) for x in (update.coefs, lax.optimization_barrier(update.decay)))
         if self.n is None:
             return Sum(decayed(self.p, combined(keys, coefs, shape, direction), decay, jnp.float32))
@@ -102,6 +118,7 @@ class Beside(NamedTuple):
         probes: tuple[jax.Array | None, jax.Array | None],
         direction: Direction,
         tied: int | None = None,
+        count: jax.Array | None = None,
     ) -> "Factors":
         """The block's matrices in a visit; with a number ``tied``, that one of those that it shares.
 
@@ -111,7 +128,7 @@ class Beside(NamedTuple):
         ()
         """
         sums = self.own if tied is None else self.tied[tied : tied + 1]
-        return Factors(places, pages, ids, sums, update, probes, self.basis, direction)
+        return Factors(places, pages, ids, sums, update, probes, self.basis, direction, count)
 
 
 class Factored:
@@ -192,6 +209,7 @@ class Factors:
         probes: (keys, matrix) as in `zo2jax.updates.move`.
         basis: with what is gone after the update.
         direction: one with a rank.
+        count: of updates, as in `Sum.moved`.
     """
 
     def __init__(
@@ -204,6 +222,7 @@ class Factors:
         probes: tuple[jax.Array | None, jax.Array | None],
         basis: Basis,
         direction: Direction,
+        count: jax.Array | None = None,
     ):
         """Adds the update to the sums."""
         self._places, self._pages, self._direction = places, pages, direction
@@ -211,8 +230,9 @@ class Factors:
         terms, self._probes = by_leaf(ids, update, *probes) if places else (None, None)
         self.sums = tuple(sums)
         if update is not None and terms is not None:
+            keys = terms.keys if update.decay.ndim else terms.keys[:, 0]
             self.sums = tuple(
-                None if one is None else one.moved(update, terms.keys[i, 0], direction, matrix_shape(place.shape))
+                None if one is None else one.moved(update, keys[i], direction, matrix_shape(place.shape), count)
                 for i, (place, one) in enumerate(zip(places, sums, strict=True))
             )
         self._basis, self._ids = basis, ids

@@ -115,6 +115,7 @@ class Recorded:
         self.path = path
         data = path.read_bytes()
         self.header, self._crc, begin = _read_header(path, data)
+        self._updates: dict[tuple[int, int, int], Update] = {}
         self._rows, self.whole = self._read_rows(data[begin:])
         self.whole += begin
         """Bytes of the file up to its last whole record; what follows was torn off while it was written."""
@@ -196,15 +197,19 @@ class Recorded:
     def updates(self, start: int, stop: int, length: int) -> Update:
         """The updates of steps ``start`` to ``stop`` - 1, with another axis in front, of ``length`` >= stop - start.
 
-        What lies beyond ``stop`` is of no meaning.
+        What lies beyond ``stop`` is of no meaning. They are kept: every block of a replay asks for the same ones.
         """
+        if (asked := (start, stop, length)) in self._updates:
+            return self._updates[asked]
         rows, header = self._rows[start:stop], self.header
         rows = np.concatenate([rows, np.zeros(length - len(rows), rows.dtype)])
         steps = start + np.arange(length, dtype=np.uint32)
         keys = _keys(header.typed_key, steps, header.directions, from_json(header.direction))
         part = bits.cut12(jnp.float32(1 - header.momentum))
         fresh = jnp.where(rows["flags"] & _SKIPPED, 0, part) if header.momentum else None
-        return Update(keys, jnp.asarray(rows["coefs"]), jnp.asarray(rows["decay"]), fresh)
+        found = Update(keys, jnp.asarray(rows["coefs"]), jnp.asarray(rows["decay"]), fresh)
+        self._updates[asked] = found
+        return found
 
     def _read_rows(self, data: bytes) -> tuple[np.ndarray, int]:
         """(records, their bytes). An end that is torn is left out; other damage is an error."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ class Listed(Masters):
         """What a visit is given beside a block's pages."""
         return self._pending
 
-    def update(self, updates: Update, count: jax.Array) -> None:
+    def update(self, updates: Update, count: Any) -> None:
         """Takes in the first ``count`` updates."""
         self._pending = _after_all(self._pending, updates, count)
 

@@ -29,6 +29,7 @@ class Matrices:
         ids: uint32 [matrices], the leaf ids.
         update: or None.
         probes: (keys, matrix) as in `zo2jax.updates.move`.
+        count: of updates, as there.
         direction: the distribution of z.
         rounding: of the update.
     """
@@ -41,6 +42,7 @@ class Matrices:
         update: Update | None,
         probes: tuple[jax.Array | None, jax.Array | None],
         *,
+        count: jax.Array | None = None,
         direction: Direction,
         rounding: Rounding,
     ):
@@ -48,7 +50,7 @@ class Matrices:
         self.places, self.pages = places, list(pages)
         self.direction = direction
         self._rounding = rounding
-        self._terms, self._probes = by_leaf(ids, update, *probes) if places else (None, None)
+        self._terms, self._probes = by_leaf(ids, update, *probes, count) if places else (None, None)
         self._waiting = set(range(len(places))) if update is not None else set()
         self._last: tuple[jax.Array, ...] = ()
 

@@ -179,7 +179,7 @@ class Stream(Mapping[str, Params]):
             raise
         self._torn, carry = True, None
         if self._sums is not None:
-            self._sums.update(update, jnp.int32(1))
+            self._sums.update(update, np.int32(1))
         for i in range(len(self.blocks)):
             held, tied = self._take(i), self._tied(i)
             (changed, self._rest[i]), carry, done = self._visit(
@@ -212,7 +212,7 @@ class Stream(Mapping[str, Params]):
         """
         self._check_whole()
         self._torn = True
-        how, given = self._how, (updates, jnp.int32(count))
+        how, given = self._how, (updates, np.int32(count))
         if self._sums is not None:
             self._sums.update(*given)
         for i, (stage, ids) in enumerate(zip(self._stages, self._ids, strict=True)):

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import bits
+from pallas_kernels.implementations import choose
 from pallas_kernels.perturb import Probes, Terms
 from pallas_kernels.perturb import perturb as perturb_leaf
 from pallas_kernels.reference import decayed
@@ -130,8 +131,11 @@ def _move_leaves(
 
     Returns the weights after ``terms`` and the probes of those [M, ...], leaf by leaf.
     """
+    used = None if terms is None or terms.used is None else terms.used[0]  # of every leaf, whatever is stacked
+    terms = terms if terms is None else terms._replace(used=None)
 
     def one(w: jax.Array, terms: Terms | None, probes: Probes | None, implementation: str | None) -> Any:
+        terms = terms if terms is None else terms._replace(used=used)
         if direction.rank and w.ndim >= 2:
             return _move_low_rank(w, terms, probes, direction, rounding)
         if direction.rank:  # dense: the first key of each pair
@@ -143,9 +147,10 @@ def _move_leaves(
             w, terms, probes, pair=direction.pair, rounding=rounding.apply, implementation=implementation
         )
 
-    if len(leaves) == 1:
-        terms, probes = jax.tree.map(lambda x: x[0], (terms, probes))
-        return [one(leaves[0], terms, probes, None)]
+    # A loop of small programs, one for each of several updates, takes a GPU longer than a kernel for each leaf.
+    if len(leaves) == 1 or (used is not None and choose("perturb", None).startswith("mosaic")):
+        each = [jax.tree.map(lambda x, i=i: x[i], (terms, probes)) for i in range(len(leaves))]
+        return [one(w, of_w, probes_of_w, None) for w, (of_w, probes_of_w) in zip(leaves, each, strict=True)]
     moved, members = jax.vmap(partial(one, implementation="xla"))(jnp.stack(leaves), terms, probes)
     return [(w, None if members is None else members[i]) for i, w in enumerate(moved)]
 
@@ -159,13 +164,18 @@ def _move_low_rank(
     def pair(keys: jax.Array, coefs: jax.Array) -> tuple[jax.Array, jax.Array]:
         return combined(keys, coefs, shape, direction), factors(direction, keys[0], shape)[1]
 
-    for u in range(0 if terms is None else len(terms.coefs)):
+    def update(u: Any, w: jax.Array) -> jax.Array:
         assert terms is not None
         p, v = pair(terms.keys[u], terms.coefs[u])
         # Without the barrier XLA drops the rounding for whoever reads the float32 value.
-        w = lax.optimization_barrier(
+        return lax.optimization_barrier(
             folded(w, p, v, None if terms.decay is None else terms.decay[u], rounding, terms.keys[u, 0, 0])
         )
+
+    if terms is not None:
+        updates = len(terms.coefs)
+        one = terms.used is None and updates == 1
+        w = update(0, w) if one else lax.fori_loop(0, updates if terms.used is None else terms.used, update, w)
     members = None if probes is None else [folded(w, *pair(probes.keys, row)) for row in probes.matrix]
     return w, None if members is None else jnp.stack(members)
 
@@ -262,6 +272,7 @@ def move(
     keys: jax.Array | None = None,
     matrix: jax.Array | None = None,
     *,
+    count: jax.Array | None = None,
     direction: Direction = normal,
     rounding: Rounding = stochastic,
 ) -> tuple[PyTree, PyTree]:
@@ -271,6 +282,9 @@ def move(
     each leaf of ``members`` has the members along its first axis, [M, ...]; leaves that are not trained are repeated.
     ``members`` is None without them.
     The results are those of `apply_update` and then `perturb` for each row, in every bit.
+
+    Several updates, whose arrays have another axis in front, are taken one after the other: the first ``count`` (int32
+    []) of them, from one read of each leaf too.
 
     Leaves in host memory (memory kind "pinned_host") come to the device for their turn and go back; at most two are
     under way at a time. Members are in device memory.
@@ -287,7 +301,7 @@ def move(
         return params, None if matrix is None else params
     if direction.adapter is not None:  # nothing moves but adapters, which are elsewhere
         return params, None if matrix is None else jax.tree.map(lambda w: _repeated(w, len(matrix)), params)
-    terms, probes = by_leaf(leaf_ids, update, keys, matrix)
+    terms, probes = by_leaf(leaf_ids, update, keys, matrix, count)
     moved = list(leaves)
     members = [w if probes is None or is_trained(w) else _repeated(w, probes.matrix.shape[1]) for w in leaves]
     done: list[Any] = []
@@ -314,9 +328,15 @@ def _repeated(w: Any, count: int) -> jax.Array:
 
 
 def by_leaf(
-    leaf_ids: jax.Array, update: Update | None, keys: jax.Array | None = None, matrix: jax.Array | None = None
+    leaf_ids: jax.Array,
+    update: Update | None,
+    keys: jax.Array | None = None,
+    matrix: jax.Array | None = None,
+    count: jax.Array | None = None,
 ) -> tuple[Terms | None, Probes | None]:
     """What `pallas_kernels.perturb` is told of each leaf: terms and probes whose arrays have the leaves in front.
+
+    The arguments are those of `move`.
 
     >>> terms, probes = by_leaf(jnp.arange(3, dtype=jnp.uint32), None, jax.random.split(jax.random.key(0), 1),
     ...                         jnp.ones((2, 1)))
@@ -324,19 +344,18 @@ def by_leaf(
     (None, (3, 1, 2), (3, 2, 1))
     """
     terms = probes = None
-    count = len(leaf_ids)
+
+    def of_all(x: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(x, (len(leaf_ids), *x.shape))
+
     if update is not None:
-        coefs, decay = bits.cut12(update.coefs)[None], bits.cut12(update.decay)[None]
-        terms = Terms(
-            leaf_keys(jax.random.key_data(update.keys), leaf_ids)[:, None],
-            jnp.broadcast_to(coefs, (count, *coefs.shape)),
-            jnp.broadcast_to(decay, (count, *decay.shape)),
-        )
+        one = update.decay.ndim == 0
+        data, *numbers = jax.random.key_data(update.keys), bits.cut12(update.coefs), bits.cut12(update.decay)
+        data, coefs, decay = (x[None] if one else x for x in (data, *numbers))
+        used = None if one or count is None else of_all(count)
+        terms = Terms(leaf_keys(data, leaf_ids), of_all(coefs), of_all(decay), used)
     if keys is not None and matrix is not None:
-        matrix = bits.cut12(matrix)
-        probes = Probes(
-            leaf_keys(jax.random.key_data(keys), leaf_ids), jnp.broadcast_to(matrix, (count, *matrix.shape))
-        )
+        probes = Probes(leaf_keys(jax.random.key_data(keys), leaf_ids), of_all(bits.cut12(matrix)))
     return terms, probes
 
 

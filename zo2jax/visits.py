@@ -18,7 +18,7 @@ from zo2jax.models.quantized import Quantized
 from zo2jax.pages import Layout, Place
 from zo2jax.pending import Pending
 from zo2jax.probes import Matrices
-from zo2jax.updates import Rounding, Update, in_order, move
+from zo2jax.updates import Rounding, Update, move
 
 ReadOnly = Beside | Pending
 """What a visit is given beside pages that are only read, of low-rank or of dense directions."""
@@ -177,14 +177,10 @@ def apply(
     rounding: Rounding,
 ) -> Any:  # fmt: skip
     """A block after the first ``count`` of updates, whose arrays have another axis in front: (pages, rest)."""
-    how: dict[str, Any] = {"direction": direction, "rounding": rounding}
+    how: dict[str, Any] = {"count": count, "direction": direction, "rounding": rounding}
+    rest, _ = move(rest, ids[1], updates, **how)
     places = [place for _, place in stage.layout.matrices]
-
-    def one(held: Any, update: Update) -> Any:
-        rest, _ = move(held[1], ids[1], update, **how)
-        return Matrices(places, held[0], ids[0], update, (None, None), **how).settle_all(), rest
-
-    return in_order(one, (pages, rest), updates, count)
+    return Matrices(places, pages, ids[0], updates, (None, None), **how).settle_all(), rest
 
 
 @partial(jax.jit, static_argnames=_STATIC, donate_argnames="rest")
@@ -193,14 +189,11 @@ def add(
     rounding: Rounding,
 ) -> Any:  # fmt: skip
     """What changes of a block whose pages are only read, as `apply` does: (what is kept of its matrices, rest)."""
+    rest, _ = move(rest, ids[1], updates, count=count, direction=direction, rounding=rounding)
+    if isinstance(beside, Pending):  # what changes of matrices is known to all blocks
+        return (), rest
     places = [place for _, place in stage.layout.matrices]
-
-    def one(held: Any, update: Update) -> Any:
-        rest, _ = move(held[1], ids[1], update, direction=direction, rounding=rounding)
-        now = beside._replace(own=held[0]) if isinstance(beside, Beside) else beside
-        return now.matrices(places, (), ids[0], update, (None, None), direction).settle_all(), rest
-
-    return in_order(one, (beside.own if isinstance(beside, Beside) else (), rest), updates, count)
+    return beside.matrices(places, (), ids[0], updates, (None, None), direction, count=count).settle_all(), rest
 
 
 @partial(jax.jit, static_argnames=_STATIC, donate_argnames="cache")

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from zo2jax.directions import period_key
 from zo2jax.journal import Recorded
@@ -17,7 +18,7 @@ from zo2jax.plan import Plan
 from zo2jax.stream import Stream
 from zo2jax.updates import Update
 
-_AT_A_TIME = 64
+AT_A_TIME = 64
 """Updates that a block takes in one visit of a replay."""
 
 
@@ -121,10 +122,10 @@ class Weights:
         """Takes the updates of a journal's steps from ``done`` on; each block takes many of them in one visit."""
         while self.done < until:
             self.begin()
-            end = min(until, self.done + _AT_A_TIME)
+            end = min(until, self.done + AT_A_TIME)
             if refresh := self._direction.refresh:
                 end = min(end, (self.done // refresh + 1) * refresh)
-            self.stream.replay(journal.updates(self.done, end, _AT_A_TIME), end - self.done)
+            self.stream.replay(journal.updates(self.done, end, AT_A_TIME), end - self.done)
             self.done = end
 
     def close(self) -> None:
@@ -137,5 +138,5 @@ class Weights:
 
     def _basis(self) -> jax.Array | None:
         """The key of the present period of a direction with which matrices are only read."""
-        step = jnp.uint32(self._period * (self._direction.refresh or 1))
+        step = np.uint32(self._period * (self._direction.refresh or 1))
         return period_key(self._key, step, self._direction) if self._direction.read_only else None
