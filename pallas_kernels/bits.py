@@ -219,9 +219,12 @@ def spread(pair: WordMap, words: tuple[jax.Array, jax.Array], columns: int) -> j
     >>> spread(rademacher_pair, (jnp.zeros((1, 1), jnp.uint32), jnp.full((1, 1), 1 << 31, jnp.uint32)), 3).tolist()
     [[1.0, 1.0, -1.0]]
     """
-    lane = lax.broadcasted_iota(jnp.uint32, (*words[0].shape, GROUP), 2)
-    first, second = pair(jnp.where(lane < _u32(2), words[0][:, :, None], words[1][:, :, None]))
-    values = jnp.where(lane % _u32(2) == _u32(0), first, second)
+    if jax.default_backend() == "cpu":  # in the loop over lanes, the map would be made for each, and not by vectors
+        values = jnp.stack(lax.optimization_barrier((*pair(words[0]), *pair(words[1]))), axis=2)
+    else:
+        lane = lax.broadcasted_iota(jnp.uint32, (*words[0].shape, GROUP), 2)
+        first, second = pair(jnp.where(lane < _u32(2), words[0][:, :, None], words[1][:, :, None]))
+        values = jnp.where(lane % _u32(2) == _u32(0), first, second)
     rows, groups = words[0].shape
     return values.reshape(rows, groups * GROUP)[:, :columns]
 
