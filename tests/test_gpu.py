@@ -1,6 +1,10 @@
 """What only a GPU can show: cuDNN attention, true float32 products, and steps of bfloat16 models."""
 
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +117,30 @@ def test_a_run_moves_the_weights_like_the_plain_step(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, run.model.params, expected)
     leaf = expected["layers.0.mlp"]["up"]["weight"]
     assert np.mean(np.asarray(leaf) != np.asarray(model.params["layers.0.mlp"]["up"]["weight"])) > 0.01
+
+
+def train_on(directory: Path, copy: Path | None = None) -> None:
+    """Eight steps of `wide_model`; after half of them the directory is copied."""
+    ids = np.random.default_rng(5).integers(0, 4096, (8, 1, 64)).astype(np.int32)
+    batches = [{"ids": row, "targets": np.roll(row, -1, 1)} for row in ids]
+    model, half = wide_model(), len(batches) // 2
+    with zo.Run(model, zo.two_point(1e-3), zo.sgd(1e-4), directory=directory, key=jax.random.key(2)) as run:
+        for batch in run.remaining(batches):
+            run.step(batch)
+            if copy is not None and run.steps_done == half:
+                run.flush()
+                shutil.copytree(directory, copy)
+
+
+def test_another_process_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    """Losses too: it computes with the kernels that XLA chose by timing in the first one."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    whole, copy = tmp_path / "whole", tmp_path / "copy"
+    for arguments in (f"Path({str(whole)!r}), Path({str(copy)!r})", f"Path({str(copy)!r})"):
+        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from test_gpu import *\n"
+        subprocess.run([sys.executable, "-c", f"{code}train_on({arguments})"], check=True)
+    assert (copy / "compiled").is_dir() and len(list((whole / "compiled").iterdir())) > 1
+    assert (whole / "journal").read_bytes() == (copy / "journal").read_bytes()
 
 
 @pytest.mark.parametrize(("family", "tier"), [("opt", "host"), ("llama", "disk"), ("qwen3", "mixed")])

@@ -1,5 +1,6 @@
 """The journal: every bit of a run is known from it, whenever the process dies, and no damage goes unseen."""
 
+import errno
 import hashlib
 import json
 import os
@@ -19,9 +20,11 @@ from killing import SAVE_EVERY, STEPS, batches, go, model_of, opened
 import zo2jax as zo
 from pallas_kernels import bits
 from zo2jax.demo import model_folder
+from zo2jax.directory import Directory, _cache_programs
 from zo2jax.header import Header, digest
 from zo2jax.journal import Journal, JournalError, Record, Recorded
 from zo2jax.metrics import read_metrics
+from zo2jax.replay import read_journal
 
 SLOW = pytest.mark.slow
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -140,6 +143,23 @@ def test_a_full_disk_costs_no_step(tmp_path, monkeypatch):
         monkeypatch.undo()
         journal.append(record(2))
     assert len(Recorded(path)) == 3
+
+
+@pytest.mark.parametrize("configured", [False, True])
+def test_programs_of_a_gpu_stay_with_the_run(configured, tmp_path, monkeypatch):
+    """As if there were one: tests/test_gpu.py has a process that goes on with them."""
+    cache, folder = jax.config.jax_compilation_cache_dir, tmp_path / "run"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    try:
+        _cache_programs(str(tmp_path / "own") if configured else None)
+        directory = Directory(folder, Header(key=(0, 7)), {})
+        jnp.sort(jnp.asarray(np.random.default_rng().normal(size=(7, 1234)))).block_until_ready()
+        directory.close()
+        now = jax.config.jax_compilation_cache_dir
+    finally:
+        _cache_programs(cache)
+    assert now == (str(tmp_path / "own") if configured else None)
+    assert (folder / "compiled").exists() != configured
 
 
 def test_digests_tell_weights_apart():
@@ -281,7 +301,12 @@ def cut(folder, monkeypatch):
     (folder / "journal").write_bytes(data[: -21 * 5])
 
 
+def miss(folder, monkeypatch):
+    max((folder / "checkpoints" / "6" / "blocks").rglob("d/*"), key=lambda path: path.stat().st_size).unlink()
+
+
 BAD = {
+    "a file of the checkpoint": (miss, "the checkpoint .* is damaged"),
     "other base": (
         other_base,
         r"of another run \(the weights before the first step, of 4 blocks: embed .* there, .* here\)",
@@ -299,9 +324,24 @@ def test_what_cannot_go_on_is_refused_and_left_alone(case, short, tmp_path, monk
     change(tmp_path / "run", monkeypatch)
     before = unchanged(tmp_path / "run")
     for _ in range(2):
-        with pytest.raises(JournalError, match=message):
+        with pytest.raises(ValueError, match=message):
             opened("dense", tmp_path / "run")
     assert unchanged(tmp_path / "run") == before
+
+
+def test_a_file_system_that_is_read_only(short, tmp_path, monkeypatch):
+    shutil.copytree(short, tmp_path / "run")
+    before, really = unchanged(tmp_path / "run"), os.open
+
+    def refuse(path, flags, *options, **more):
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return really(path, flags, *options, **more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(OSError, match=r"the run directory .*run cannot be written \(.*Read-only file system"):
+        opened("dense", tmp_path / "run")
+    assert len(read_journal(tmp_path / "run")) == 10 and unchanged(tmp_path / "run") == before
 
 
 def test_a_journal_alone_is_enough(short, tmp_path):

@@ -10,17 +10,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
 from zo2jax.checkpoint import Snapshots
 from zo2jax.header import Header
 from zo2jax.journal import Journal, JournalError
 from zo2jax.metrics import write_atomically
+
+_config: Any = jax.config  # untyped: the oldest jax supported says nothing of its flags
 
 
 class Directory:
     """What a run keeps on the disk, in one folder that no other process trains in.
 
     ``config.json``; ``journal`` (`zo2jax.journal`), which says how far the run is; ``checkpoints``, of steps at most as
-    far; ``lock``, an empty file that is locked while the run is open.
+    far; ``lock``, an empty file that is locked while the run is open; on a GPU ``compiled``, JAX's cache of compiled
+    programs, which are what XLA chose by timing kernels, so that a process that resumes computes with the same ones.
+    Not where a cache is configured already (``jax_compilation_cache_dir``).
 
     Args:
         path: of the folder, made if it is not there.
@@ -72,6 +79,7 @@ class Directory:
             self._open.callback(self.snapshots.close)
             self._open_journal()
             write_atomically(self.path / "config.json", text)
+            self._keep_compiled()
         except BaseException:
             self.close()
             raise
@@ -113,6 +121,12 @@ class Directory:
                 f"another process trains in {self.path}: wait until it is done, or use another directory"
             ) from None
 
+    def _keep_compiled(self) -> None:
+        """Programs of a GPU go to a cache in the folder while the run is open, if they go nowhere else."""
+        if jax.default_backend() == "gpu" and not _config.jax_compilation_cache_dir:
+            _cache_programs(str(self.path / "compiled"))
+            self._open.callback(_cache_programs, None)
+
     def _open_journal(self) -> None:
         """Opens the journal if there is one, and checks that it is this run's."""
         path, last = self.path / "journal", self.snapshots.last
@@ -124,6 +138,12 @@ class Directory:
                 f"{self.path} has a checkpoint of step {last}, but {what}: put {path} back from a copy, or use another "
                 "directory"
             )
+
+
+def _cache_programs(folder: str | None) -> None:
+    """What is compiled from now on goes there; JAX looks at its configuration when it compiles for the first time."""
+    _config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()
 
 
 def grown(path: Path, config: Mapping[str, Any], may_grow: Sequence[str]) -> str:
