@@ -20,6 +20,7 @@ from jax import lax
 
 from pallas_kernels import implementations, specs
 from pallas_kernels.bench_operations import OPS, Operation, Step, textbook
+from pallas_kernels.perturb import perturb
 
 _ROUNDS = 3
 _IMPLEMENTATIONS = ("xla", "mosaic", "mosaic_portable", "none", "textbook")  # the others are compared with XLA
@@ -104,6 +105,17 @@ def copy_rate(w: jax.Array, calls: int) -> float:
     """
     step = jax.jit(lambda w: (jnp.copy(w),))
     return 2 * w.nbytes / _seconds(step, w, (), False, calls)
+
+
+def draw_rate(w: jax.Array, calls: int) -> float:
+    """Values of z per second, drawn and added to ``w`` by the best kernel there is, from one read of it in 64 updates.
+
+    >>> draw_rate(jnp.ones(1000), calls=2) > 0
+    True
+    """
+    w, *arguments = OPS["replay64"].inputs(w, jax.random.key(0))
+    step = jax.jit(lambda w, terms, _: (perturb(w, terms)[0],), donate_argnums=0)
+    return arguments[0].coefs.size * w.size / _seconds(step, jnp.copy(w), arguments, True, calls)
 
 
 def measure(shape_name: str, shape: specs.Shape, dtype: str, ops: Sequence[str], calls: int, log: Any) -> list[Row]:

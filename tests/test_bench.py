@@ -367,8 +367,10 @@ def test_a_replay_is_measured_and_has_the_runs_bits(mode, tmp_path, capsys, in_t
     run(arguments(*command, "--steps", "16", "--json", str(tmp_path / "numbers.json")))
     found = json.loads((tmp_path / "numbers.json").read_text())
     assert found["differing"] == 0 and found["replay_s"] > 0
-    per_step = 2 * found["parameters"] * 2 / found["copy_gib_s"] / 2**30 * 1e3
-    assert found["floor_ms"] == pytest.approx(per_step / (5 if mode == "factored" else 1), rel=0.01)
+    once = 2 * found["parameters"] * 2 / found["copy_gib_s"] / 2**30 * 1e3
+    assert found["memory_ms"] == pytest.approx(once / (5 if mode == "factored" else 64), rel=0.01)
+    drawn = found["parameters"] / found["draws_per_s"] * 1e3
+    assert found["generator_ms"] == (0 if mode == "factored" else pytest.approx(drawn))
     assert "steps replayed a second" in capsys.readouterr().out
 
 
