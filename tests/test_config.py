@@ -65,6 +65,10 @@ def test_dense_directions_have_a_refresh_with_a_format():
         ("alpha=-1", "alpha=-1.0: expected a finite number of at least 0"),
         ("momentum=1", r"momentum=1\.0: expected a number of at least 0 and below 1"),
         ("momentum=0.9", r"momentum=0\.9, direction=normal: expected direction=lowrank"),
+        ("estimator=one_sided", "estimator=one_sided, directions=1: n is 1, expected at least 2 directions"),
+        ("estimator=spsa", "estimator=spsa: expected one of 'two_point', 'one_sided', 'leave_one_out'"),
+        ("micro_batches=3", "micro_batches=3, batch=16: expected a divisor of the batch"),
+        ("probe_batch=-1", "probe_batch=-1: expected an integer of at least 0"),
     ],
 )
 def test_bad_overrides(override, message):
@@ -94,9 +98,18 @@ def test_bad_config_files(tmp_path, text, message):
 
 
 def test_where_blocks_live_is_no_part_of_a_runs_config():
-    config = with_overrides(Config, ["tier=host", "device_memory=4GiB", "prefetch=2"])
+    config = with_overrides(Config, ["tier=host", "device_memory=4GiB", "prefetch=2", "probe_batch=3"])
     assert config.as_json() == Config().as_json()
-    assert not {"tier", "device_memory", "prefetch"} & config.as_json().keys()
+    assert not {"tier", "device_memory", "prefetch", "probe_batch"} & config.as_json().keys()
+    assert not {"estimator", "micro_batches"} & config.as_json().keys()  # nor do runs of older versions have them
+
+
+@pytest.mark.parametrize(("name", "expected"), [("one_sided", zo.one_sided), ("leave_one_out", zo.leave_one_out)])
+def test_a_config_makes_an_estimator(name, expected):
+    config = with_overrides(Config, [f"estimator={name}", "directions=5", "eps=0.5", "direction=rademacher"])
+    made, expected = config.make_estimator(), expected(5, 0.5, direction=zo.rademacher)
+    assert str(made) == str(expected) and made.probes.tolist() == expected.probes.tolist()
+    assert config.as_json()["estimator"] == name
 
 
 def test_a_config_makes_a_plan():

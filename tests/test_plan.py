@@ -177,7 +177,7 @@ def test_a_larger_budget_keeps_more_and_is_never_exceeded(seed):
 @pytest.mark.parametrize("seed", range(8))
 def test_a_refusal_names_a_budget_that_works(seed):
     model, prefetch = random_model(seed, scale=100)
-    least = plan(model, tokens=8, prefetch=prefetch).budget.peak
+    least = plan(model, tokens=8, prefetch=prefetch, probe_batch=1).budget.peak
     with pytest.raises(ValueError, match=r"device_memory is .* GiB, and a batch of 1 x 8 needs") as refusal:
         plan(model, tokens=8, prefetch=prefetch, device_memory=least - 1)
     assert ("prefetch=0" in str(refusal.value)) == (prefetch > 0) and "fewer rows or tokens" in str(refusal.value)
@@ -211,7 +211,7 @@ def test_blocks_that_own_shared_leaves_stay():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tokens": 0}, "tokens=0, rows=1: expected integers of at least 1"),
+        ({"tokens": 0}, "tokens=0, rows=1, batches=1: expected integers of at least 1"),
         ({"tier": "tape"}, "tier='tape': expected 'device', 'host' or 'disk'"),
         ({"prefetch": -1}, "prefetch is -1, expected"),
         ({"device_memory": "much"}, "size 'much': expected"),

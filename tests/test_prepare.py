@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import zo2jax as zo
@@ -61,6 +62,30 @@ def test_the_data_of_a_task_is_mezos_sample(folder, tiny_folder):
     assert texts(data.held_out) == set(expected[8:])
     assert texts(prepare(replace(config, steps=4), model).batches) == set(expected[:8])  # an epoch
     assert data.unit == "nats/token"
+
+
+def test_micro_batches_are_the_rows_of_a_step(folder, tiny_folder):
+    config, model = a_config(folder, tiny_folder, batch=4), zo.load(tiny_folder)
+    whole, parts = prepare(config, model).batches, prepare(replace(config, micro_batches=2), model).batches
+    assert len(whole) == len(parts) == config.steps
+    for step, batch in zip(parts, whole, strict=True):
+        assert [len(part["labels"]) for part in step] == [2, 2]
+        np.testing.assert_array_equal(np.concatenate([part["labels"] for part in step]), batch["labels"])
+    with pytest.raises(IndexError, match=f"step {config.steps} of {config.steps}"):
+        parts[config.steps]
+
+
+def test_a_run_of_micro_batches(folder, tiny_folder):
+    """As one of whole batches, up to rounding, in an estimator of several directions."""
+    options = {"batch": 4, "estimator": "leave_one_out", "directions": 3, "eps": 0.1, "dtype": "float32"}
+    losses = []
+    for parts in (1, 2):
+        directory = str(folder / f"run{parts}")
+        config = a_config(folder, tiny_folder, micro_batches=parts, directory=directory, probe_batch=parts, **options)
+        train.train(config)
+        losses.append([line["train/loss"] for line in read_metrics(directory) if "train/loss" in line])
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    assert len(losses[0]) == config.steps
 
 
 def test_the_evaluation_is_that_of_its_parts(folder, tiny_folder):

@@ -15,7 +15,7 @@ import optax
 import tyro
 
 from zo2jax.directions import Direction, dense, lora, lowrank
-from zo2jax.estimators import Estimator, averaged, two_point
+from zo2jax.estimators import Estimator, averaged, leave_one_out, one_sided, two_point
 from zo2jax.formats import Format, named
 from zo2jax.models.model import Model
 from zo2jax.optimizers import Optimizer, sgd
@@ -98,7 +98,13 @@ class Config:
     targets: str = ""
     """Patterns of the matrices that have an adapter, separated by commas, such as ``*.attn.[qv].*``; empty for all."""
     directions: int = 1
-    """Directions a step, averaged; each costs two forward passes."""
+    """Directions a step."""
+    estimator: Literal["two_point", "one_sided", "leave_one_out"] = "two_point"
+    """What is made of them: "two_point" takes two forward passes for each and averages them, "one_sided" (FZOO, with a
+    learning rate of its own) one for each and one more, "leave_one_out" one for each. The latter take two directions at
+    least."""
+    micro_batches: int = 1
+    """In which the ``batch`` rows of a step are computed, for the memory of one of them."""
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""
     """Of the matrices; empty keeps the checkpoint's."""
     format: Literal["", "int8", "int4"] = ""
@@ -122,11 +128,14 @@ class Config:
     replay_within: float = 600.0
     """Seconds in which a run that was killed is back where it was: checkpoints are saved in the background so often."""
     tier: Literal["device", "host", "disk"] = "device"
-    """Where blocks live that do not stay on the device. It, and the next two, change no weights: a run may go on, or be
-    evaluated, with others."""
+    """Where blocks live that do not stay on the device. It, and the next three, change no weights: a run may go on, or
+    be evaluated, with others."""
     device_memory: str = ""
     """The most device memory that training may take, such as 4GiB: as many blocks stay on the device as fit. Empty: all
     blocks go to ``tier``. With tier=device, what does not fit is refused."""
+    probe_batch: int = 0
+    """Members of the population that are computed at once; 0: all, or as many as ``device_memory`` has room for. A run
+    keeps to what it was begun with."""
     prefetch: int = 1
     """Blocks whose upload is begun before the present one is computed."""
 
@@ -136,7 +145,7 @@ class Config:
         Raises:
             ConfigError: for the first value out of range.
         """
-        counts = ("steps", "batch", "tokens", "directions", "eval_every", "max_skipped")
+        counts = ("steps", "batch", "tokens", "directions", "micro_batches", "eval_every", "max_skipped")
         for name in (*counts, "train_examples", "dev_examples", "eval_examples"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected an integer of at least 1")
@@ -144,7 +153,11 @@ class Config:
             raise ConfigError(f"momentum={self.momentum}: expected a number of at least 0 and below 1, such as 0.9")
         if self.momentum and self.direction not in _LOW_RANK:
             raise ConfigError(f"momentum={self.momentum}, direction={self.direction}: expected direction=lowrank")
-        for name in ("demonstrations", "prefetch", "group", "refresh"):
+        if self.batch % self.micro_batches:
+            raise ConfigError(
+                f"micro_batches={self.micro_batches}, batch={self.batch}: expected a divisor of the batch"
+            )
+        for name in ("demonstrations", "prefetch", "group", "refresh", "probe_batch"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected an integer of at least 0")
         if not self.make_direction().read_only and self.format:
@@ -166,6 +179,7 @@ class Config:
             raise ConfigError(f"eps={self.eps}: expected a positive number, such as 1e-3")
         if not 0 < self.held_out < 1:
             raise ConfigError(f"held_out={self.held_out}: expected a fraction between 0 and 1")
+        self.make_estimator()
         for name in ("seed", "data_seed"):
             if not 0 <= getattr(self, name) < 2**32:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected an integer from 0 to 2**32 - 1")
@@ -187,9 +201,20 @@ class Config:
             raise ConfigError(str(error)) from None
 
     def make_estimator(self) -> Estimator:
-        """The estimator that the config describes."""
-        one = two_point(self.eps, direction=self.make_direction())
-        return one if self.directions == 1 else averaged(one, self.directions)
+        """The estimator that the config describes.
+
+        Raises:
+            ConfigError: for too few directions.
+        """
+        direction = self.make_direction()
+        if self.estimator == "two_point":
+            one = two_point(self.eps, direction=direction)
+            return one if self.directions == 1 else averaged(one, self.directions)
+        make = {"one_sided": one_sided, "leave_one_out": leave_one_out}[self.estimator]
+        try:
+            return make(self.directions, self.eps, direction=direction)
+        except ValueError as error:
+            raise ConfigError(f"estimator={self.estimator}, directions={self.directions}: {error}") from None
 
     def make_optimizer(self) -> Optimizer:
         """SGD with the config's schedule, decay, momentum and clip."""
@@ -211,8 +236,10 @@ class Config:
             model,
             self.make_estimator(),
             batch=batch,
+            batches=self.micro_batches,
             tier=self.tier,
             device_memory=self.device_memory or None,
+            probe_batch=self.probe_batch or None,
             prefetch=self.prefetch,
         )
 
@@ -249,10 +276,12 @@ class Config:
         neutral += () if self.format else ("format", "group")
         neutral += () if self.compute != "bf16" else ("compute",)
         neutral += () if self.momentum else ("momentum",)
+        neutral += () if self.estimator != "two_point" else ("estimator",)
+        neutral += () if self.micro_batches > 1 else ("micro_batches",)
         neutral += () if self.direction in _LOW_RANK else ("rank",)
         neutral += () if self.direction == "lowrank" or (self.format and self.direction != "lora") else ("refresh",)
         neutral += () if self.direction == "lora" else ("alpha", "targets")
-        for name in (*neutral, "tier", "device_memory", "prefetch"):
+        for name in (*neutral, "tier", "device_memory", "probe_batch", "prefetch"):
             del values[name]
         values |= {name: _absolute(values[name]) for name in ("model", "task", "validation")}
         values["data"] = ",".join(_absolute(part.strip()) for part in self.data.split(","))

@@ -91,6 +91,11 @@ class Directory:
         return self._journal
 
     @property
+    def header(self) -> Header:
+        """What the run was begun with."""
+        return self._header if self._journal is None else self._journal.header
+
+    @property
     def steps(self) -> int:
         """Steps that were done."""
         return 0 if self._journal is None else len(self._journal)

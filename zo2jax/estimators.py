@@ -5,9 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from zo2jax.directions import Direction, normal
+from zo2jax.directions import Direction, normal, rademacher
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +55,27 @@ class Estimator:
         order = np.sort(np.argsort(self.probes == 0, axis=1, kind="stable")[:, :width], axis=1)
         return order.astype(np.int32), np.take_along_axis(self.probes, order, axis=1)
 
+    def chunks(self, size: int | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The population in parts of at most ``size`` members, which are evaluated one part after the other.
+
+        Of each part the directions that its members move along, int32 [k], and its rows of the probe matrix, [m, k]: z
+        is drawn for these alone. One part of all members if ``size`` is None.
+
+        Raises:
+            ValueError: if ``size`` is not positive.
+
+        >>> [(k.tolist(), rows.tolist()) for k, rows in averaged(two_point(0.5), 2).chunks(2)]
+        [([0], [[0.5], [-0.5]]), ([1], [[0.5], [-0.5]])]
+        """
+        if size is None or size >= len(self.probes):
+            return [(np.arange(self.directions, dtype=np.int32), self.probes)]
+        if size < 1:
+            raise ValueError(f"probe_batch is {size}, expected at least 1 member")
+        parts = [self.probes[start : start + size] for start in range(0, len(self.probes), size)]
+        width = max(1, max(int((part != 0).any(axis=0).sum()) for part in parts))  # of all: equal parts share programs
+        order = [np.sort(np.argsort(~(part != 0).any(axis=0), kind="stable")[:width]) for part in parts]
+        return [(k.astype(np.int32), part[:, k]) for k, part in zip(order, parts, strict=True)]
+
 
 def two_point(eps: float, *, direction: Direction = normal) -> Estimator:
     """SPSA: g = (loss(theta + eps z) - loss(theta - eps z)) / (2 eps). Unbiased up to O(eps^2).
@@ -67,15 +89,78 @@ def two_point(eps: float, *, direction: Direction = normal) -> Estimator:
     >>> float(two_point(0.5).coefficients(np.array([3.0, 1.0]))[0])
     2.0
     """
-    if not (math.isfinite(eps) and eps > 1e-30):
-        raise ValueError(f"eps is {eps}, expected a positive number such as 1e-3")
-    probes = np.array([[eps], [-eps]], np.float32)
-    cut = Estimator("", probes, lambda losses: losses).probes[0, 0]
+    probes, cut = _scaled(np.array([[1], [-1]]), eps)
 
     def coefficients(losses: jax.Array) -> jax.Array:
         return ((losses[0] - losses[1]) / (np.float32(2) * cut))[None]
 
     return Estimator(f"two_point({eps}, direction={direction})", probes, coefficients, direction)
+
+
+def one_sided(n: int, eps: float, *, direction: Direction = rademacher) -> Estimator:
+    """FZOO: g_k = (loss(theta + eps z_k) - loss(theta)) / (n sigma), sigma the standard deviation of the n losses.
+
+    n + 1 forward passes. sigma has n - 1 in its denominator. For a small eps it is eps |gradient|, so that eps cancels
+    and the sum of g_k z_k estimates the gradient divided by its norm: the learning rate is the length of a step, and
+    not that of `two_point`. Dang et al., arXiv 2506.09034, algorithm 1. Losses that are all equal have no sigma, and
+    the step is skipped.
+
+    Args:
+        n: directions, at least 2.
+        eps: the perturbation scale, positive; cut to 12 significant bits.
+        direction: as in `two_point`; `rademacher` in FZOO.
+
+    >>> [round(float(g), 4) for g in one_sided(2, 0.5).coefficients(np.float32([1.0, 2.0, 4.0]))]
+    [0.3536, 1.0607]
+    """
+    _check_directions(n)
+    probes, _ = _scaled(np.eye(n + 1)[:, 1:], eps)
+
+    def coefficients(losses: jax.Array) -> jax.Array:
+        return (losses[1:] - losses[0]) / (np.float32(n) * jnp.std(losses[1:], ddof=1))
+
+    return Estimator(f"one_sided({n}, {eps}, direction={direction})", probes, coefficients, direction)
+
+
+def leave_one_out(n: int, eps: float, *, direction: Direction = normal) -> Estimator:
+    """g_k = (loss(theta + eps z_k) - mean of the n losses) / ((n - 1) eps): n forward passes.
+
+    Each loss is compared with the mean of the others, which knows nothing of z_k: unbiased up to O(eps^2), as
+    `two_point`. (A baseline of REINFORCE: Kool, van Hoof and Welling, "Buy 4 REINFORCE samples, get a baseline for
+    free!", 2019, equation 8.)
+
+    Args:
+        n: directions, at least 2.
+        eps: the perturbation scale, positive; cut to 12 significant bits.
+        direction: as in `two_point`.
+
+    >>> leave_one_out(3, 0.5).coefficients(np.float32([1.0, 2.0, 6.0])).tolist()
+    [-2.0, -1.0, 3.0]
+    """
+    _check_directions(n)
+    probes, cut = _scaled(np.eye(n), eps)
+
+    def coefficients(losses: jax.Array) -> jax.Array:
+        return (losses - jnp.mean(losses)) / (np.float32(n - 1) * cut)
+
+    return Estimator(f"leave_one_out({n}, {eps}, direction={direction})", probes, coefficients, direction)
+
+
+def _check_directions(n: int) -> None:
+    if n < 2:
+        raise ValueError(f"n is {n}, expected at least 2 directions, which are compared with each other")
+
+
+def _scaled(pattern: np.ndarray, eps: float) -> tuple[np.ndarray, np.float32]:
+    """A matrix of zeros and ones times eps, and eps as the probes have it, of 12 significant bits.
+
+    Raises:
+        ValueError: if eps is not a positive number.
+    """
+    if not (math.isfinite(eps) and eps > 1e-30):
+        raise ValueError(f"eps is {eps}, expected a positive number such as 1e-3")
+    cut = Estimator("", np.array([[eps]], np.float32), lambda losses: losses).probes[0, 0]
+    return pattern.astype(np.float32) * cut, cut
 
 
 def averaged(estimator: Estimator, n: int) -> Estimator:

@@ -42,6 +42,8 @@ class Header:
     estimator: str = ""
     optimizer: str = ""
     momentum: float = 0.0
+    probe_batch: int | None = None
+    """Members that are evaluated at once; None: all. A run keeps to it, as another may change a loss's last bits."""
     rounding: str = "stochastic"
     """Of updates, or of folds."""
     dtype: str = "float32"
@@ -59,7 +61,13 @@ class Header:
 
     @classmethod
     def of(
-        cls, model: Model, estimator: Estimator, optimizer: Optimizer, rounding: Rounding, key: jax.Array
+        cls,
+        model: Model,
+        estimator: Estimator,
+        optimizer: Optimizer,
+        rounding: Rounding,
+        key: jax.Array,
+        probe_batch: int | None = None,
     ) -> "Header":
         """That of a run with these, but for the base, which nobody has read yet, and the config."""
         first, second = jax.random.key_data(key).tolist()
@@ -72,6 +80,7 @@ class Header:
             estimator=str(estimator),
             optimizer=optimizer.name,
             momentum=optimizer.momentum,
+            probe_batch=probe_batch,
             rounding=rounding.name,
             dtype=str(model.dtype),
             format=None if model.format is None else model.format.as_json(),
@@ -97,13 +106,13 @@ class Header:
         return cls(**{**values, "key": tuple(values["key"])})
 
     def differences(self, other: "Header", said: str = "{} there, {} here") -> list[str]:
-        """Where another header says something else; but for configs, and for a base that is not known ({}).
+        """Where another header says something else; but for configs, a base that is not known ({}), and chunks.
 
         >>> Header(key=(0, 7), momentum=0.9).differences(Header(key=(0, 7)))
         ['momentum: 0.9 there, 0.0 here']
         """
         mine, theirs = self.as_json(), other.as_json()
-        names = [name for name in mine if name not in ("config", "base") and mine[name] != theirs[name]]
+        names = [name for name in mine if name not in ("config", "base", "probe_batch") and mine[name] != theirs[name]]
         found = [f"{name}: {said.format(mine[name], theirs[name])}" for name in names]
         if self.base and other.base and self.base != other.base:
             blocks = [name for name in {**self.base, **other.base} if self.base.get(name) != other.base.get(name)]

@@ -146,14 +146,16 @@ class Run:
         optimizer = as_optimizer(optimizer)
         self._kept = Kept.of(model, estimator, optimizer, rounding)
         self._estimator, self._optimizer = estimator, optimizer
-        self._matrix = jnp.asarray(estimator.probes)
         self._state = begin(owned_shapes(model.blocks), key, estimator, optimizer)._replace(params={})
         if config is None:  # the journal says all the rest
             folder, name = model.folder, None if loss is None else getattr(loss, "__name__", str(loss))
             config = {"model": None if folder is None else str(folder.resolve()), "loss": name}
-        header = Header.of(model, estimator, optimizer, rounding, self._state.key)
+        wanted = None if plan is None else plan.probe_batch
+        header = Header.of(model, estimator, optimizer, rounding, self._state.key, wanted)
         self._files = Directory(directory, header, config, may_grow, sync_every=sync_every)
         self.directory = self._files.path
+        chunks = estimator.chunks(self._files.header.probe_batch)  # that of a run that is there stays
+        self._chunks = [(jnp.asarray(k), jnp.asarray(rows)) for k, rows in chunks]
         self._pending: StepInfo | None = None
         self._finished: float | None = None  # when the last recorded step was done
         self._rate = float("nan")
@@ -226,6 +228,9 @@ class Run:
 
     def step(self, batch: Any) -> StepInfo:
         """One step: the last step's update and this one's probes, block by block, from one read of the weights.
+
+        A list of batches makes one step of them all (gradient accumulation): each goes through a block while it is on
+        the device, in the memory of one of them, and the loss is the sum of their losses over the sum of their counts.
 
         Metrics of a step are written when the next one is under way, so that the device never waits.
 
@@ -313,15 +318,23 @@ class Run:
 
     def _losses(self, keys: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
         """(sums of losses, counts) of the members [M]; the weights have every update then."""
+        parts = batch if isinstance(batch, list) else [batch]
+        if not parts:
+            raise ValueError("a step of no batches: expected a batch, or a list of them")
+        of_chunks = [keys] if len(self._chunks) == 1 else _chosen(keys, [k for k, _ in self._chunks])
+        members = [(some, rows) for some, (_, rows) in zip(of_chunks, self._chunks, strict=True)]
         if self._generated is not None:
             self._weights.settle()
-            visit = self._stream.probe_visits((keys, self._matrix))
-            return self._generated.sums(self._model, visit, batch, len(self._matrix))
-        batch = jax.device_put(batch)  # may refuse what is no batch
-        sums = self._weights.train((keys, self._matrix), batch)
-        if not isinstance(sums, tuple):
-            raise ValueError(f"a batch of {sorted(batch)} has no loss: expected 'ids' and 'targets'")
-        return sums
+            visits = [(self._stream.probe_visits(some), len(some[1])) for some in members]
+            found = [[self._generated.sums(self._model, visit, part, n) for visit, n in visits] for part in parts]
+            sums: list[Any] = [tuple(map(jnp.concatenate, zip(*of_part, strict=True))) for of_part in found]
+        else:
+            parts = [jax.device_put(part) for part in parts]  # may refuse what is no batch
+            sums = self._weights.train(members, parts)
+        for part, given in zip(parts, sums, strict=True):
+            if not isinstance(given, tuple):
+                raise ValueError(f"a batch of {sorted(part)} has no loss: expected 'ids' and 'targets'")
+        return sums[0] if len(sums) == 1 else _total(sums)
 
     def _keys(self) -> jax.Array:
         """Of the directions of the next step."""
@@ -343,7 +356,7 @@ class Run:
 
     def _sums_of(self, record: Record) -> tuple[jax.Array, jax.Array]:
         """What the program of a step is given to find what it found then: losses are sums over a count of 1."""
-        return jnp.asarray(record.losses), jnp.ones(len(self._matrix))
+        return jnp.asarray(record.losses), jnp.ones(len(record.losses))
 
     def _complete_metrics(self) -> None:
         """Writes the lines of steps that the journal has and the metrics lack, as when the run was killed between."""
@@ -373,6 +386,14 @@ class Run:
 
 
 _step_keys = jax.jit(step_keys, static_argnums=(2, 3))
+_chosen = jax.jit(lambda keys, chunks: [keys[k] for k in chunks])
+
+
+@jax.jit
+def _total(sums: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
+    """Of all batches of a step, in their order."""
+    losses, counts = zip(*sums, strict=True)
+    return sum(losses[1:], losses[0]), sum(counts[1:], counts[0])
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -386,6 +407,8 @@ def _conclude(
 
 
 def _tokens(batch: Any) -> int:
-    """How many tokens a batch holds: the size of ``ids``, or of its first array."""
+    """How many tokens a batch, or a list of batches, holds: the size of ``ids``, or of its first array."""
+    if isinstance(batch, list):
+        return sum(map(_tokens, batch))
     leaf = batch["ids"] if isinstance(batch, Mapping) and "ids" in batch else jax.tree.leaves(batch)[0]
     return int(np.size(leaf))

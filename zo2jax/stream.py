@@ -34,6 +34,9 @@ from zo2jax.stores import FOLDS_OF_FILES, Pages, Store, Tiers, result
 from zo2jax.updates import Rounding, Update
 from zo2jax.visits import ReadOnly
 
+Members = tuple[jax.Array, jax.Array]
+"""Keys of directions, typed [K], and rows of a probe matrix, float32 [M, K]."""
+
 
 class Stream(Mapping[str, Params]):
     """The blocks of a model in their tiers; a mapping from names to leaves, which are copied when asked for.
@@ -165,33 +168,46 @@ class Stream(Mapping[str, Params]):
         """How many blocks there are."""
         return len(self.blocks)
 
-    def train(self, update: Update, probes: tuple[jax.Array, jax.Array], batch: Batch) -> Any:
-        """Applies ``update`` and evaluates the probes of the result: what the last block returns, [M, ...].
+    def train(self, update: Update, probes: Sequence[Members], batches: Sequence[Batch]) -> list[Any]:
+        """Applies ``update`` and evaluates the probes of the result: for each batch what the last block returns.
 
-        ``probes`` are (keys typed [K], matrix float32 [M, K]) as in `zo2jax.updates.move`. The update is applied even
-        if the model cannot take the batch.
+        Arrays have the members in front, [M, ...]. ``probes`` are parts of the population, (keys typed [K], matrix
+        float32 [M, K]) as in `zo2jax.updates.move`: while a block is on the device, they are taken through it one after
+        the other, with one batch after the other. The update is applied even if the model cannot take a batch.
         """
         self._check_whole()
+        parts = [(part, batch) for batch in batches for part in probes]
+        given = [(None if j else update, *part) for j, part in enumerate(parts)]
         try:
-            self._compile(update, probes, batch)
+            for one in given:
+                self._compile(*one)
         except Exception:  # a batch that does not fit the model, say: no block may lack the update
             self.apply(update)
             raise
-        self._torn, carry = True, None
+        self._torn = True
+        carries: list[Any] = [None] * len(given)
         if self._sums is not None:
             self._sums.update(update, np.int32(1))
         for i in range(len(self.blocks)):
-            held, tied = self._take(i), self._tied(i)
-            (changed, self._rest[i]), carry, done = self._visit(
-                self._stages[i], *held, tied, self._beside(i), self._ids[i], update, probes, carry, batch, **self._how
-            )
-            del held  # or the pages would stay until the next ones are there
-            self._put(i, self._changed(i, changed), done)
-            del changed
+            (pages, _), tied, done = self._take(i), self._tied(i), []
+            for j, one in enumerate(given):
+                (changed, self._rest[i]), carries[j], over = self._visit(
+                    self._stages[i], pages, self._rest[i], tied, self._beside(i), self._ids[i], *one[:2], carries[j],
+                    one[2], **self._how,
+                )  # fmt: skip
+                done.append(over)
+                if self._sums is None:
+                    pages = changed
+                elif j == 0:
+                    self._sums.take(self.blocks[i].name, changed)
+                del changed
+            self._put(i, pages if self._sums is None else None, done)
+            del pages  # or they would stay until the next ones are there
         self._torn = False
-        return carry
+        count = len(probes)
+        return [_joined(carries[j : j + count]) for j in range(0, len(carries), count)]
 
-    def _compile(self, update: Update, probes: tuple[jax.Array, jax.Array], batch: Batch) -> None:
+    def _compile(self, update: Update | None, probes: Members, batch: Batch) -> None:
         """Compiles the visits of a sweep before it begins: XLA tries kernels out, and that memory is free then."""
         given = update, probes, batch
         if (shapes := visits.shapes_of(given)) not in self._compiled:
@@ -218,10 +234,10 @@ class Stream(Mapping[str, Params]):
         for i, (stage, ids) in enumerate(zip(self._stages, self._ids, strict=True)):
             if self._sums is not None:
                 changed, self._rest[i] = visits.add(stage, self._rest[i], self._beside(i), ids, *given, **how)
-                self._changed(i, changed)
+                self._sums.take(self.blocks[i].name, changed)
                 continue
             pages, self._rest[i] = visits.apply(stage, *self._take(i), ids, *given, **how)
-            self._put(i, pages, None)
+            self._put(i, pages, ())
         self._torn = False
 
     def fold(self, basis: jax.Array) -> None:
@@ -241,13 +257,6 @@ class Stream(Mapping[str, Params]):
         self.bytes_up, self.bytes_down = map(sum, zip((self.bytes_up, self.bytes_down), *moved, strict=True))
         self._sums.restart(basis)
         self._torn = False
-
-    def _changed(self, i: int, changed: Any) -> Pages | None:
-        """The pages that a training visit changed."""
-        if self._sums is None:
-            return changed
-        self._sums.take(self.blocks[i].name, changed)
-        return None
 
     def _beside(self, i: int) -> ReadOnly | None:
         """What a visit is given beside the pages, if those are only read."""
@@ -271,12 +280,12 @@ class Stream(Mapping[str, Params]):
             i = self._number[block.name]
             held, tied = self._take(i), self._tied(i)
             out = visits.plain(stages[i], *held, tied, self._beside(i), self._ids[i], carry, batch, cache, **self._how)
-            self._put(i, None, out)
+            self._put(i, None, [out])
             return out
 
         return visit
 
-    def probe_visits(self, probes: tuple[jax.Array, jax.Array]) -> Visit:
+    def probe_visits(self, probes: Members) -> Visit:
         """Visits of the probes, for generation; rows stand member by member, [M b, ...]."""
         self._check_whole()
 
@@ -286,7 +295,7 @@ class Stream(Mapping[str, Params]):
             out = visits.extend(
                 self._stages[i], *held, tied, beside, self._ids[i], probes, (carry, batch), cache, **self._how
             )
-            self._put(i, None, out)
+            self._put(i, None, [out])
             return out
 
         return visit
@@ -381,11 +390,11 @@ class Stream(Mapping[str, Params]):
             self.bytes_up += self._sizes[i]
         self._coming[i] = self._stores[i].upload()
 
-    def _put(self, i: int, pages: Pages | None, out: Any) -> None:
-        """Ends a visit: pages that changed go back to their tier."""
+    def _put(self, i: int, pages: Pages | None, outs: Sequence[Any]) -> None:
+        """Ends the visits of a block, with their results: pages that changed go back to their tier."""
         if pages is None:
-            if self._sizes[i]:  # the smallest result says when the visit is over
-                self._last[i] = sorted(jax.tree.leaves(out), key=lambda x: x.nbytes)[:1]
+            if self._sizes[i]:  # the smallest result of a visit says when it is over
+                self._last[i] = [min(jax.tree.leaves(out), key=lambda x: x.nbytes) for out in outs]
             return
         if (leaving := self._stores[i].commit(pages)) is not None:
             self._leaving[i], self._last[i] = leaving, []
@@ -403,3 +412,11 @@ class Stream(Mapping[str, Params]):
                 raise
             del self._leaving[i]
         jax.block_until_ready([x for x in self._last.pop(i, []) if not x.is_deleted()])
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """The members of all parts, one after the other."""
+    return parts[0] if len(parts) == 1 else _concatenated(parts)
+
+
+_concatenated = jax.jit(lambda parts: jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts))

@@ -32,7 +32,7 @@ from zo2jax.restored import Restored
 from zo2jax.run import Run, StepInfo
 from zo2jax.stream import Stream
 from zo2jax.tasks.encoding import TaskBatches, TaskHeldOut
-from zo2jax.tasks.prepare import Prepared, prepare
+from zo2jax.tasks.prepare import InParts, Prepared, prepare
 from zo2jax.tasks.scoring import Evaluation
 
 
@@ -137,7 +137,7 @@ def _held_out_losses(directory: str) -> list[float]:
 def _plan(config: Config, model: Model, data: Prepared) -> Plan:
     """Where the blocks live, by the largest batch; without a wish, on the device."""
     if config.tier == "device" and not config.device_memory:
-        return Plan()
+        return Plan(probe_batch=config.probe_batch or None)
     batches = [_largest(batches) for batches in (data.batches, data.held_out)]
     batch = max(batches, key=lambda batch: batch["ids"].size)
     if isinstance(data.loss, Generated):  # reads the prompts, and needs what the head says of their last tokens
@@ -148,6 +148,8 @@ def _plan(config: Config, model: Model, data: Prepared) -> Plan:
 
 def _largest(batches: Any) -> Any:
     """A batch as large as any of these: the first one, or of a task one with the longest example."""
+    if isinstance(batches, InParts):
+        batches = batches.batches
     if not isinstance(batches, TaskBatches | TaskHeldOut):
         return next(iter(batches))
     items = batches.encoded.items

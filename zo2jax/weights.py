@@ -1,5 +1,6 @@
 """The weights of a run after some steps: a stream, the update that it lacks yet, and its folds."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from zo2jax.models.blocks import Source, owned_shapes
 from zo2jax.models.layers import Batch
 from zo2jax.models.model import Model
 from zo2jax.plan import Plan
-from zo2jax.stream import Stream
+from zo2jax.stream import Members, Stream
 from zo2jax.updates import Update
 
 AT_A_TIME = 64
@@ -102,10 +103,10 @@ class Weights:
             assert basis is not None, "only directions with which matrices are only read have periods"
             self.stream.fold(basis)
 
-    def train(self, probes: tuple[jax.Array, jax.Array], batch: Batch) -> Any:
+    def train(self, probes: Sequence[Members], batches: Sequence[Batch]) -> list[Any]:
         """What the last block gives for the probes of the weights with every update, see `Stream.train`."""
         update, self._lacking = self._lacking, self._nothing
-        return self.stream.train(update, probes, batch)
+        return self.stream.train(update, probes, batches)
 
     def take(self, update: Update) -> None:
         """The update of a step, which is applied later."""

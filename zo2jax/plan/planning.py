@@ -7,7 +7,7 @@ import difflib
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import jax
@@ -59,6 +59,9 @@ class Budget:
     stays: frozenset[str] = frozenset()
     """The blocks that stay on the device."""
     members: int = 2
+    """Of the population, counted for each batch of a step."""
+    parts: int = 1
+    """In which these are evaluated: a block's matrices are read once for each."""
     operations: float = 0.0
     """Floating-point operations of a step's products."""
     read_only: bool = False
@@ -86,15 +89,19 @@ class Plan:
     """Whether write-backs go on while the next block is computed."""
     pinned: bool = True
     """Whether host memory is page-locked."""
+    probe_batch: int | None = None
+    """Members of the population that a block evaluates at once; None: all. Of a run that goes on, its first plan's."""
     budget: Budget | None = field(default=None, compare=False, repr=False)
     """What a step takes, if `plan` made this."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what is no tier, or a negative prefetch."""
+        """Raises ValueError for what is no tier, a negative prefetch, or no members at once."""
         if wrong := {name: tier for name, tier in self.tiers.items() if tier not in get_args(Tier)}:
             raise ValueError(f"tiers {wrong}: expected 'device', 'host' or 'disk'")
         if self.prefetch < 0:
             raise ValueError(f"prefetch is {self.prefetch}, expected an integer of at least 0")
+        if self.probe_batch is not None and self.probe_batch < 1:
+            raise ValueError(f"probe_batch is {self.probe_batch}, expected an integer of at least 1, or None for all")
 
     def check(self, blocks: Collection[str]) -> None:
         """Raises ValueError if the plan names blocks that are not among these.
@@ -123,7 +130,8 @@ class Plan:
         if self.budget is None:
             return {}
         read_only = self.budget.read_only
-        traffic = (1 if read_only else 2 + 2 * self.budget.members) * sum(self.budget.sizes.values())
+        changed = 0 if read_only else 1 + 2 * self.budget.members
+        traffic = (self.budget.parts + changed) * sum(self.budget.sizes.values())
         moved = self.moved()
         link, ways = (machine.up, 1) if read_only else (machine.both, 2)
         return {
@@ -208,8 +216,10 @@ def plan(
     tokens: int = 2048,
     rows: int = 1,
     batch: Any = None,
+    batches: int = 1,
     tier: Tier = "host",
     device_memory: int | str | None = None,
+    probe_batch: int | None = None,
     prefetch: int = 1,
     overlap: bool = True,
 ) -> Plan:
@@ -217,8 +227,9 @@ def plan(
 
     Without ``device_memory`` all blocks go to ``tier``. With it, as many bytes as fit stay on the device, spread
     evenly among the streamed ones, so that uploads go on while resident blocks are computed. Blocks whose leaves
-    another one shares, and those without a matrix of their own, always stay on the device. The keys and values that
-    generation keeps come on top.
+    another one shares, and those without a matrix of their own, always stay on the device. If not even two blocks fit
+    beside what all members of the population take, these are evaluated in the fewest equal parts with which they do.
+    The keys and values that generation keeps come on top.
 
     Args:
         model: its blocks are looked at.
@@ -226,8 +237,10 @@ def plan(
         tokens: of a row.
         rows: of a batch.
         batch: a batch, or the shapes of one, in place of rows of tokens with a target for each.
+        batches: of a step (see `zo2jax.Run.step`), each as large.
         tier: of the blocks that do not stay on the device; with "device" all stay.
         device_memory: the budget, in bytes or as `parse_size` reads it.
+        probe_batch: see `Plan`; as many as fit if None.
         prefetch: see `Plan`.
         overlap: see `Plan`.
 
@@ -239,8 +252,8 @@ def plan(
     >>> plan(config.init(jax.random.key(0)), tokens=16).tiers["head"]
     'host'
     """
-    if min(tokens, rows) < 1:
-        raise ValueError(f"tokens={tokens}, rows={rows}: expected integers of at least 1")
+    if min(tokens, rows, batches) < 1:
+        raise ValueError(f"tokens={tokens}, rows={rows}, batches={batches}: expected integers of at least 1")
     if tier not in get_args(Tier):
         raise ValueError(f"tier={tier!r}: expected 'device', 'host' or 'disk'")
     limit = None if device_memory is None else parse_size(device_memory)
@@ -249,13 +262,16 @@ def plan(
             raise ValueError("a model of zo2jax.blocks has batches of its own kind: give batch=, or the shapes of one")
         ids = jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
         batch = {"ids": ids, "targets": ids}
-    work = _Work.of(model, estimator or two_point(1e-3), batch, prefetch)
+    estimator = estimator or two_point(1e-3)
+    work = _Work.of(model, estimator, batch, prefetch)
+    work = replace(work, batches=batches, limit=limit, chunk=probe_batch)
     sizes = list(work.sizes.values())
-    streamed, resident = work.budget([False] * len(sizes), limit), work.budget([True] * len(sizes), limit)
-    if tier == "device" or limit is None:
-        chosen = resident if tier == "device" else streamed
-    else:
-        budgets = [work.budget(_spread(sizes, i / (4 * len(sizes))), limit) for i in range(4 * len(sizes) + 1)]
+    stays = tier == "device"
+    if probe_batch is None and limit is not None:
+        work = work.fitting([stays] * len(sizes))
+    streamed, chosen = (work.budget([there] * len(sizes)) for there in (False, stays))
+    if limit is not None and not stays:
+        budgets = [work.budget(_spread(sizes, i / (4 * len(sizes)))) for i in range(4 * len(sizes) + 1)]
         chosen = max((b for b in budgets if b.peak <= limit), key=lambda b: b.resident, default=streamed)
     if limit is not None and chosen.peak > limit:
         what = " x ".join(map(str, jax.tree.leaves(batch)[0].shape))
@@ -265,7 +281,7 @@ def plan(
         needed = f"a batch of {what} needs {_enough(chosen)} at least{other}"
         raise ValueError(f"device_memory is {limit / _GIB:.3g} GiB, and {needed}")
     tiers: dict[str, Tier] = {name: "device" if name in chosen.stays else tier for name in work.sizes}
-    return Plan(tiers, prefetch, overlap, budget=chosen)
+    return Plan(tiers, prefetch, overlap, probe_batch=work.chunk, budget=chosen)
 
 
 def _enough(budget: Budget) -> str:
@@ -285,10 +301,14 @@ class _Work:
     """Blocks whose leaves another one shares."""
     needs: list[Needs]
     members: int
-    copies: int
-    """Of a matrix: one for each member, or one that they share, with low-rank directions."""
+    shared: bool
+    """Whether all members share a matrix, as with low-rank directions."""
     prefetch: int
     read_only: bool
+    batches: int = 1
+    limit: int | None = None
+    chunk: int | None = None
+    """Members at once; None: all."""
 
     @classmethod
     def of(cls, model: Model, estimator: Estimator, batch: Any, prefetch: int) -> "_Work":
@@ -308,27 +328,40 @@ class _Work:
             one, carry = known[came]
             needs.append(one)
         sizes = {name: layout.nbytes for name, layout in layouts.items()}
-        members, read_only = len(estimator.probes), estimator.direction.read_only
-        copies = 1 if estimator.direction.rank else members
-        return cls(sizes, vectors, owners, needs, members, copies, prefetch, read_only)
+        direction = estimator.direction
+        how = direction.rank > 0, prefetch, direction.read_only
+        return cls(sizes, vectors, owners, needs, len(estimator.probes), *how)
 
-    def budget(self, stays: Sequence[bool], limit: int | None) -> Budget:
+    def fitting(self, stays: Sequence[bool]) -> "_Work":
+        """With the members in the fewest parts with which a step fits; in single ones if it never does."""
+        for parts in range(1, self.members + 1):
+            chunk = -(-self.members // parts)
+            work = replace(self, chunk=None if parts == 1 else chunk)
+            assert self.limit is not None
+            if work.budget(stays).peak <= self.limit or chunk == 1:
+                break
+        return work
+
+    def budget(self, stays: Sequence[bool]) -> Budget:
         """What a step takes if these blocks stay on the device, with those that own shared leaves or have no pages."""
         pairs = zip(stays, self.sizes.items(), strict=True)
         here = [stay or not size or name in self.owners for stay, (name, size) in pairs]
         ahead = min(_AHEAD, _longest_run(here)) * max(n.carry for n in self.needs)
         streamed = [size for size, stay in zip(self.sizes.values(), here, strict=True) if not stay]
+        chunk, members = min(self.chunk or self.members, self.members), self.members * self.batches
+        waiting = (members - chunk) * max(n.carry for n in self.needs)
         return Budget(
             resident=sum(self.sizes.values()) - sum(streamed) + self.vectors,
             window=room(streamed, self.prefetch),
-            probes=self.copies * max(n.weight for n in self.needs),
-            activations=self.members * (max(n.activations for n in self.needs) + ahead),
+            probes=(1 if self.shared else chunk) * max(n.weight for n in self.needs),
+            activations=chunk * (max(n.activations for n in self.needs) + ahead) + waiting,
             libraries=_LIBRARIES if jax.default_backend() == "gpu" else 0,
-            limit=limit,
+            limit=self.limit,
             sizes=self.sizes,
             stays=frozenset(name for stay, name in zip(here, self.sizes, strict=True) if stay),
-            members=self.members,
-            operations=self.members * sum(n.operations for n in self.needs),
+            members=members,
+            parts=-(-self.members // chunk) * self.batches,
+            operations=members * sum(n.operations for n in self.needs),
             read_only=self.read_only,
         )
 

@@ -1,7 +1,7 @@
 """From a config to what a run needs of its data: batches, held-out batches, a loss, and a way to score the result."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,28 @@ class Prepared:
     """``(model, progress=None) -> Evaluation`` of the task's metric on the evaluation examples; None for plain text."""
 
 
+@dataclass(frozen=True)
+class InParts(Sequence[Any]):
+    """Batches, so many of which make a step: a sequence of lists.
+
+    >>> list(InParts([1, 2, 3, 4], 2))
+    [[1, 2], [3, 4]]
+    """
+
+    batches: Sequence[Any]
+    parts: int
+
+    def __len__(self) -> int:
+        """How many steps there are."""
+        return len(self.batches) // self.parts
+
+    def __getitem__(self, index: Any) -> Any:
+        """The batches of step ``index``."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"step {index} of {len(self)}")
+        return [self.batches[index * self.parts + i] for i in range(self.parts)]
+
+
 def prepare(config: Config, model: Model) -> Prepared:
     r"""Reads and encodes a config's data for a model: plain text, or the examples of a task.
 
@@ -56,7 +78,11 @@ def prepare(config: Config, model: Model) -> Prepared:
     ...     prepare(config, load(model_folder())).summary
     'sst2: 6 training and 2 development examples, 8 to evaluate on; objective candidates'
     """
-    return _prepare_task(config, model) if config.task else _prepare_text(config, model)
+    parts = config.micro_batches
+    if parts > 1:  # the rows of a step are those of as many steps of smaller batches
+        config = replace(config, batch=config.batch // parts, steps=config.steps * parts, micro_batches=1)
+    data = _prepare_task(config, model) if config.task else _prepare_text(config, model)
+    return replace(data, batches=InParts(data.batches, parts)) if parts > 1 else data
 
 
 def _prepare_text(config: Config, model: Model) -> Prepared:
