@@ -67,6 +67,9 @@ def test_dense_directions_have_a_refresh_with_a_format():
         ("momentum=0.9", r"momentum=0\.9, direction=normal: expected direction=lowrank"),
         ("estimator=one_sided", "estimator=one_sided, directions=1: n is 1, expected at least 2 directions"),
         ("estimator=spsa", "estimator=spsa: expected one of 'two_point', 'one_sided', 'leave_one_out'"),
+        ("warmup=1000", "warmup=1000: expected a number of steps below steps=1000"),
+        ("patience=-1", "patience=-1: expected an integer of at least 0"),
+        ("clip_scale=1", r"clip_scale=1\.0: expected a number above 1"),
         ("micro_batches=3", "micro_batches=3, batch=16: expected a divisor of the batch"),
         ("probe_batch=-1", "probe_batch=-1: expected an integer of at least 0"),
     ],
@@ -104,12 +107,44 @@ def test_where_blocks_live_is_no_part_of_a_runs_config():
     assert not {"estimator", "micro_batches"} & config.as_json().keys()  # nor do runs of older versions have them
 
 
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
+        ("linear", [0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0.25, 0.5, 0.75, 1, 1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5]),
+    ],
+)
+def test_a_warmup_comes_before_the_schedule(schedule, expected):
+    optimizer = Config(steps=8, learning_rate=1.0, schedule=schedule, warmup=4).make_optimizer()
+    state, rates = optimizer.init(1), []
+    for _ in range(8):
+        coefs, _, state = optimizer.update(np.ones(1, np.float32), state)
+        rates.append(-float(coefs[0]))
+    np.testing.assert_allclose(rates, expected, rtol=1e-6)
+    once = Config(learning_rate=0.5, warmup=1).make_optimizer()
+    assert float(once.update(np.ones(1, np.float32), once.init(1))[0][0]) == -0.5
+
+
+def test_one_clip_at_a_time():
+    with pytest.raises(ConfigError, match=r"clip=2\.0, clip_scale=3\.0: expected one of them"):
+        Config(clip=2.0, clip_scale=3.0)
+    optimizer = Config(learning_rate=1.0, clip_scale=2.0).make_optimizer()
+    state = optimizer.init(1)
+    for g, expected in ((1.0, -1.0), (9.0, -2.0)):
+        coefs, _, state = optimizer.update(np.full(1, g, np.float32), state)
+        assert float(coefs[0]) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(("name", "expected"), [("one_sided", zo.one_sided), ("leave_one_out", zo.leave_one_out)])
 def test_a_config_makes_an_estimator(name, expected):
     config = with_overrides(Config, [f"estimator={name}", "directions=5", "eps=0.5", "direction=rademacher"])
     made, expected = config.make_estimator(), expected(5, 0.5, direction=zo.rademacher)
     assert str(made) == str(expected) and made.probes.tolist() == expected.probes.tolist()
     assert config.as_json()["estimator"] == name
+    config = with_overrides(Config, ["steps=4", f"estimator={name}", "directions=2", "eps=1", "eps_end=0.5"])
+    scales = [float(config.make_estimator().scaled(np.ones(1, np.float32), np.uint32(t))[0]) for t in (0, 2, 9)]
+    assert scales == [1.0, 0.75, 0.5] and config.may_grow() == ()
 
 
 def test_a_config_makes_a_plan():

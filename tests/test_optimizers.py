@@ -107,3 +107,26 @@ def test_meazo_does_not_depend_on_the_scale_of_the_loss():
 def test_meazo_checks_its_numbers(options, message):
     with pytest.raises(ValueError, match=message):
         zo.meazo(1e-3, **options)
+
+
+def test_a_clip_by_running_scale():
+    """Against the recursion in NumPy float64; steps whose g is 0 count for nothing."""
+    gs = np.random.default_rng(3).standard_t(2, size=(200, 2)) * 40  # heavy tails
+    gs[7] = 0
+    optimizer = zo.sgd(1.0, transform=zo.clip_by_running_scale(1.5, beta=0.9))
+    state, second, count, clipped = optimizer.init(2), 0.0, 0, 0
+    for g in gs.astype(np.float32).astype(np.float64):
+        coefs, _, state = optimizer.update(jnp.asarray(g, jnp.float32), state)
+        bound = 1.5 * np.sqrt(second / (1 - 0.9**count)) if count else np.inf
+        norm = np.sqrt((g**2).sum())
+        np.testing.assert_allclose(coefs, -g * min(1.0, bound / max(norm, 1e-30)), rtol=1e-4)
+        clipped += norm > bound
+        if norm:
+            second, count = 0.9 * second + 0.1 * min(norm, bound) ** 2, count + 1
+    assert 10 < clipped < 100
+
+
+@pytest.mark.parametrize(("options", "message"), [({"factor": 1.0}, "factor is 1.0"), ({"beta": 1.0}, "beta is 1.0")])
+def test_a_clip_by_running_scale_checks_its_numbers(options, message):
+    with pytest.raises(ValueError, match=message):
+        zo.clip_by_running_scale(**options)

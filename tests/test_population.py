@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 from killing import MODEL
@@ -94,6 +95,31 @@ def test_one_sided_skips_a_step_whose_losses_are_equal():
     algorithm = zo.mezo(lambda w, _: jnp.float32(3) + 0 * w.sum(), zo.one_sided(3, 1e-3), zo.sgd(1.0))
     state, info = algorithm.step(algorithm.init(jnp.ones(4), jax.random.key(0)), None)
     assert bool(info.skipped) and (state.params == 1).all()
+
+
+SCHEDULED = {
+    "two_point": lambda eps: zo.averaged(zo.two_point(eps), 2),
+    "one_sided": lambda eps: zo.one_sided(3, eps),
+    "leave_one_out": lambda eps: zo.leave_one_out(3, eps),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_a_schedule_of_eps_is_another_estimator_at_each_step(name):
+    make, eps = SCHEDULED[name], optax.exponential_decay(0.25, 1, 0.7)
+    scheduled, w = make(eps), jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)
+    loss = lambda w, x: jnp.sum((w - x) ** 2)  # noqa: E731
+    algorithm = zo.mezo(loss, scheduled, zo.sgd(0.01))
+    step = jax.jit(algorithm.step)
+    state = algorithm.init(w, jax.random.key(2))
+    assert str(scheduled) == str(make(0.5)).replace("0.5", "schedule")
+    for t in range(4):
+        plain = zo.mezo(loss, make(float(eps(t))), zo.sgd(0.01))
+        expected, wanted = plain.step(state, jnp.ones(3))
+        state, info = step(state, jnp.ones(3))
+        np.testing.assert_allclose(info.losses, wanted.losses, rtol=1e-5)
+        np.testing.assert_allclose(info.projected_gradient, wanted.projected_gradient, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(state.params, expected.params, rtol=1e-3)
 
 
 # --- in a stream ---
@@ -208,9 +234,12 @@ def test_a_population_in_parts(direction, tmp_path):
     assert_same(arrays(zo.replay(model, tmp_path / "parts").source), weights)
 
 
-def test_a_run_keeps_to_its_parts(tmp_path):
-    estimator, data, plan = zo.leave_one_out(5, 1e-3), batches(6), zo.Plan(probe_batch=2)
-    _, whole, _ = trained(tmp_path / "whole", estimator, data, plan)
+def test_a_run_keeps_to_its_parts_and_its_schedule(tmp_path):
+    eps = optax.linear_schedule(1e-3, 1e-1, 6)
+    estimator, data, plan = zo.leave_one_out(5, eps), batches(6), zo.Plan(probe_batch=2)
+    _, whole, infos = trained(tmp_path / "whole", estimator, data, plan)
+    spread = [float(np.std(info.losses)) for info in infos]
+    assert spread[5] > 10 * spread[0]
     trained(tmp_path / "half", estimator, data[:3], plan)
     _, weights, _ = trained(tmp_path / "half", estimator, data)
     assert_same(weights, whole)

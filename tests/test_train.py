@@ -162,6 +162,18 @@ def test_steps_may_grow_and_nothing_else_changes(arguments, tmp_path, capsys):
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
 
 
+def test_patience_ends_a_run_whose_held_out_loss_stays(arguments, tmp_path, capsys):
+    """Without a step that changes anything no evaluation is lower than the first; the same command changes nothing."""
+    options = "learning_rate=0", "eval_every=1", "patience=2"
+    for _ in range(2):
+        assert cli.main(arguments(*options)) == 0
+        assert "stopped after step 2: 2 evaluations without a lower held-out loss" in capsys.readouterr().out
+        lines = read_metrics(tmp_path / "run")
+        assert [line["step"] for line in lines if "eval/loss" in line] == [0, 1, 2]
+    assert cli.main(arguments(*options[:2], "patience=0")) == 0
+    assert len(read_metrics(tmp_path / "run")) == 6 + 7
+
+
 @pytest.fixture
 def unoptimized():
     """Compiling takes a third of the time."""

@@ -37,6 +37,7 @@ from zo2jax.models.model import Model as Model
 from zo2jax.models.stages import blocks as blocks
 from zo2jax.objectives import Generated as Generated
 from zo2jax.optimizers import Optimizer as Optimizer
+from zo2jax.optimizers import clip_by_running_scale as clip_by_running_scale
 from zo2jax.optimizers import faithful as faithful
 from zo2jax.optimizers import meazo as meazo
 from zo2jax.optimizers import sgd as sgd

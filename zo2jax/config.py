@@ -18,7 +18,7 @@ from zo2jax.directions import Direction, dense, lora, lowrank
 from zo2jax.estimators import Estimator, averaged, leave_one_out, one_sided, two_point
 from zo2jax.formats import Format, named
 from zo2jax.models.model import Model
-from zo2jax.optimizers import Optimizer, sgd
+from zo2jax.optimizers import Optimizer, clip_by_running_scale, sgd
 from zo2jax.plan import Plan, parse_size, plan
 from zo2jax.updates import ROUNDINGS, Rounding
 
@@ -78,13 +78,19 @@ class Config:
     learning_rate: float = 1e-6
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Of the learning rate over ``steps``, down to zero."""
+    warmup: int = 0
+    """Steps over which the learning rate rises to its value, before the schedule begins."""
     weight_decay: float = 0.0
     momentum: float = 0.0
     """Of low-rank updates (LOZO-M); 0 for none."""
     clip: float = 0.0
     """Bound on |projected gradient|; 0 for none."""
+    clip_scale: float = 0.0
+    """Bound on it as a multiple of its running root mean square, such as 3; 0 for none."""
     eps: float = 1e-3
     """Perturbation scale."""
+    eps_end: float = 0.0
+    """To which it goes, in equal parts over ``steps``; 0: it stays."""
     direction: Literal["normal", "rademacher", "lowrank", "lora"] = "normal"
     """Of the perturbations; with "lowrank", or with a ``format``, matrices are only read but for a fold every
     ``refresh`` steps; with "lora" adapters are trained beside them."""
@@ -119,6 +125,8 @@ class Config:
     """Fraction of the text that is kept for evaluation."""
     eval_every: int = 500
     """Steps between two evaluations, each followed by a checkpoint."""
+    patience: int = 0
+    """Evaluations in a row without a lower held-out loss than before, at which the run ends; 0: none do."""
     max_skipped: int = 10
     """Steps in a row that may have a loss that is not finite."""
     tensorboard: bool = True
@@ -157,7 +165,7 @@ class Config:
             raise ConfigError(
                 f"micro_batches={self.micro_batches}, batch={self.batch}: expected a divisor of the batch"
             )
-        for name in ("demonstrations", "prefetch", "group", "refresh", "probe_batch"):
+        for name in ("demonstrations", "prefetch", "group", "refresh", "probe_batch", "patience"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected an integer of at least 0")
         if not self.make_direction().read_only and self.format:
@@ -165,12 +173,18 @@ class Config:
                 f"format={self.format}, direction={self.direction}, refresh=0: expected a refresh, such as 8, or "
                 "direction=lowrank"
             )
+        if not 0 <= self.warmup < self.steps:
+            raise ConfigError(f"warmup={self.warmup}: expected a number of steps below steps={self.steps}")
+        if self.clip and self.clip_scale:
+            raise ConfigError(f"clip={self.clip}, clip_scale={self.clip_scale}: expected one of them")
+        if self.clip_scale and not 1 < self.clip_scale < float("inf"):
+            raise ConfigError(f"clip_scale={self.clip_scale}: expected a number above 1, such as 3, or 0 for none")
         if self.device_memory:
             try:
                 parse_size(self.device_memory)
             except ValueError as error:
                 raise ConfigError(f"device_memory={self.device_memory}: {error}") from None
-        for name in ("learning_rate", "weight_decay", "clip", "alpha", "sync_every"):
+        for name in ("learning_rate", "weight_decay", "clip", "eps_end", "alpha", "sync_every"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}={getattr(self, name)}: expected a finite number of at least 0")
         if not self.replay_within >= 0:
@@ -207,24 +221,33 @@ class Config:
             ConfigError: for too few directions.
         """
         direction = self.make_direction()
+        eps = optax.linear_schedule(self.eps, self.eps_end, self.steps) if self.eps_end else self.eps
         if self.estimator == "two_point":
-            one = two_point(self.eps, direction=direction)
+            one = two_point(eps, direction=direction)
             return one if self.directions == 1 else averaged(one, self.directions)
         make = {"one_sided": one_sided, "leave_one_out": leave_one_out}[self.estimator]
         try:
-            return make(self.directions, self.eps, direction=direction)
+            return make(self.directions, eps, direction=direction)
         except ValueError as error:
             raise ConfigError(f"estimator={self.estimator}, directions={self.directions}: {error}") from None
 
     def make_optimizer(self) -> Optimizer:
         """SGD with the config's schedule, decay, momentum and clip."""
+        highest, steps = self.learning_rate, self.steps - self.warmup
         rates = {
-            "constant": self.learning_rate,
-            "linear": optax.linear_schedule(self.learning_rate, 0.0, self.steps),
-            "cosine": optax.cosine_decay_schedule(self.learning_rate, self.steps),
+            "constant": highest,
+            "linear": optax.linear_schedule(highest, 0.0, steps),
+            "cosine": optax.cosine_decay_schedule(highest, steps),
         }
-        transform = optax.clip(self.clip) if self.clip else None
-        return sgd(rates[self.schedule], self.weight_decay, momentum=self.momentum, transform=transform)
+        rate = rates[self.schedule]
+        if self.warmup:
+            rise = optax.linear_schedule(highest / self.warmup, highest, max(1, self.warmup - 1))
+            rate = optax.join_schedules(
+                [rise, rate if callable(rate) else optax.constant_schedule(rate)], [self.warmup]
+            )
+        clip = optax.clip(self.clip) if self.clip else None
+        transform = clip_by_running_scale(self.clip_scale) if self.clip_scale else clip
+        return sgd(rate, self.weight_decay, momentum=self.momentum, transform=transform)
 
     def make_plan(self, model: Model, batch: Any) -> Plan:
         """Where the blocks of a model live while batches of these shapes are trained on.
@@ -269,6 +292,7 @@ class Config:
             "tensorboard",
             "sync_every",
             "replay_within",
+            "patience",
             "eval_examples",
             "demonstrations",
             "scoring",
@@ -278,6 +302,7 @@ class Config:
         neutral += () if self.momentum else ("momentum",)
         neutral += () if self.estimator != "two_point" else ("estimator",)
         neutral += () if self.micro_batches > 1 else ("micro_batches",)
+        neutral += tuple(name for name in ("warmup", "clip_scale", "eps_end") if not getattr(self, name))
         neutral += () if self.direction in _LOW_RANK else ("rank",)
         neutral += () if self.direction == "lowrank" or (self.format and self.direction != "lora") else ("refresh",)
         neutral += () if self.direction == "lora" else ("alpha", "targets")
@@ -288,8 +313,8 @@ class Config:
         return values
 
     def may_grow(self) -> tuple[str, ...]:
-        """Keys that may be larger when a run goes on: ``steps``, unless the schedule depends on it."""
-        return ("steps",) if self.schedule == "constant" else ()
+        """Keys that may be larger when a run goes on: ``steps``, unless a schedule depends on it."""
+        return ("steps",) if self.schedule == "constant" and not self.eps_end else ()
 
 
 @dataclass(frozen=True, kw_only=True)

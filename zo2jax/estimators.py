@@ -3,12 +3,16 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.bits import cut12
 from zo2jax.directions import Direction, normal, rademacher
+
+Schedule = Callable[[jax.Array], Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +33,11 @@ class Estimator:
     probes: np.ndarray
     coefficients: Callable[[jax.Array], jax.Array]
     direction: Direction = normal
+    eps: Schedule | None = None
+    """Of the step (0, 1, ..), if it changes: the perturbation scale, by which ``probes`` and ``coefficients``, made for
+    a scale of 1, are multiplied and divided."""
+    power: int = 1
+    """Of the scale, by which coefficients are divided."""
 
     def __post_init__(self) -> None:
         """Cuts the probe matrix to 12 significant bits and checks it."""
@@ -44,6 +53,28 @@ class Estimator:
     def directions(self) -> int:
         """K, the number of directions of a step."""
         return self.probes.shape[1]
+
+    def scaled(self, probes: jax.Array, step: jax.Array) -> jax.Array:
+        """Entries of the probe matrix as they are at a step.
+
+        >>> two_point(lambda step: 0.5**step).scaled(np.float32([1.0, -1.0]), np.uint32(2)).tolist()
+        [0.25, -0.25]
+        """
+        return probes if self.eps is None else probes * self._scale(step)
+
+    def projected_gradient(self, losses: jax.Array, step: jax.Array) -> jax.Array:
+        """The coefficients g, float32 [K], of a step with these losses.
+
+        >>> two_point(lambda step: 0.5**step).projected_gradient(np.float32([3.0, 1.0]), np.uint32(2)).tolist()
+        [4.0]
+        """
+        g = self.coefficients(losses)
+        return g if self.eps is None else g / self._scale(step) ** self.power
+
+    def _scale(self, step: jax.Array) -> jax.Array:
+        assert self.eps is not None
+        with jax.numpy_dtype_promotion("standard"):  # optax relies on it
+            return cut12(jnp.asarray(self.eps(jnp.asarray(step, jnp.int32)), jnp.float32))
 
     def sparse_probes(self) -> tuple[np.ndarray, np.ndarray]:
         """The probe matrix by rows: (indices, values), both [M, n], n the most non-zeros of a row (at least 1).
@@ -77,13 +108,13 @@ class Estimator:
         return [(k.astype(np.int32), part[:, k]) for k, part in zip(order, parts, strict=True)]
 
 
-def two_point(eps: float, *, direction: Direction = normal) -> Estimator:
+def two_point(eps: float | Schedule, *, direction: Direction = normal) -> Estimator:
     """SPSA: g = (loss(theta + eps z) - loss(theta - eps z)) / (2 eps). Unbiased up to O(eps^2).
 
     Spall (1992); MeZO, arXiv 2305.17333, definition 1.
 
     Args:
-        eps: the perturbation scale, positive (1e-3 in MeZO); cut to 12 significant bits.
+        eps: the perturbation scale, positive (1e-3 in MeZO); cut to 12 significant bits. Or an optax schedule of it.
         direction: `normal`, `rademacher`, or one of `zo2jax.lowrank`.
 
     >>> float(two_point(0.5).coefficients(np.array([3.0, 1.0]))[0])
@@ -94,10 +125,10 @@ def two_point(eps: float, *, direction: Direction = normal) -> Estimator:
     def coefficients(losses: jax.Array) -> jax.Array:
         return ((losses[0] - losses[1]) / (np.float32(2) * cut))[None]
 
-    return Estimator(f"two_point({eps}, direction={direction})", probes, coefficients, direction)
+    return _named("two_point(", eps, direction, probes, coefficients)
 
 
-def one_sided(n: int, eps: float, *, direction: Direction = rademacher) -> Estimator:
+def one_sided(n: int, eps: float | Schedule, *, direction: Direction = rademacher) -> Estimator:
     """FZOO: g_k = (loss(theta + eps z_k) - loss(theta)) / (n sigma), sigma the standard deviation of the n losses.
 
     n + 1 forward passes. sigma has n - 1 in its denominator. For a small eps it is eps |gradient|, so that eps cancels
@@ -107,7 +138,7 @@ def one_sided(n: int, eps: float, *, direction: Direction = rademacher) -> Estim
 
     Args:
         n: directions, at least 2.
-        eps: the perturbation scale, positive; cut to 12 significant bits.
+        eps: the perturbation scale, positive; cut to 12 significant bits. Or an optax schedule.
         direction: as in `two_point`; `rademacher` in FZOO.
 
     >>> [round(float(g), 4) for g in one_sided(2, 0.5).coefficients(np.float32([1.0, 2.0, 4.0]))]
@@ -119,10 +150,10 @@ def one_sided(n: int, eps: float, *, direction: Direction = rademacher) -> Estim
     def coefficients(losses: jax.Array) -> jax.Array:
         return (losses[1:] - losses[0]) / (np.float32(n) * jnp.std(losses[1:], ddof=1))
 
-    return Estimator(f"one_sided({n}, {eps}, direction={direction})", probes, coefficients, direction)
+    return _named(f"one_sided({n}, ", eps, direction, probes, coefficients, power=0)
 
 
-def leave_one_out(n: int, eps: float, *, direction: Direction = normal) -> Estimator:
+def leave_one_out(n: int, eps: float | Schedule, *, direction: Direction = normal) -> Estimator:
     """g_k = (loss(theta + eps z_k) - mean of the n losses) / ((n - 1) eps): n forward passes.
 
     Each loss is compared with the mean of the others, which knows nothing of z_k: unbiased up to O(eps^2), as
@@ -131,7 +162,7 @@ def leave_one_out(n: int, eps: float, *, direction: Direction = normal) -> Estim
 
     Args:
         n: directions, at least 2.
-        eps: the perturbation scale, positive; cut to 12 significant bits.
+        eps: the perturbation scale, positive; cut to 12 significant bits. Or an optax schedule.
         direction: as in `two_point`.
 
     >>> leave_one_out(3, 0.5).coefficients(np.float32([1.0, 2.0, 6.0])).tolist()
@@ -143,7 +174,7 @@ def leave_one_out(n: int, eps: float, *, direction: Direction = normal) -> Estim
     def coefficients(losses: jax.Array) -> jax.Array:
         return (losses - jnp.mean(losses)) / (np.float32(n - 1) * cut)
 
-    return Estimator(f"leave_one_out({n}, {eps}, direction={direction})", probes, coefficients, direction)
+    return _named(f"leave_one_out({n}, ", eps, direction, probes, coefficients)
 
 
 def _check_directions(n: int) -> None:
@@ -151,12 +182,23 @@ def _check_directions(n: int) -> None:
         raise ValueError(f"n is {n}, expected at least 2 directions, which are compared with each other")
 
 
-def _scaled(pattern: np.ndarray, eps: float) -> tuple[np.ndarray, np.float32]:
-    """A matrix of zeros and ones times eps, and eps as the probes have it, of 12 significant bits.
+def _named(
+    name: str, eps: float | Schedule, direction: Direction, probes: np.ndarray, coefficients: Any, power: int = 1
+) -> Estimator:
+    """The estimator, called ``name``, eps and the direction."""
+    schedule = eps if callable(eps) else None
+    shown = "schedule" if callable(eps) else eps
+    return Estimator(f"{name}{shown}, direction={direction})", probes, coefficients, direction, schedule, power)
+
+
+def _scaled(pattern: np.ndarray, eps: float | Schedule) -> tuple[np.ndarray, np.float32]:
+    """A matrix of zeros and ones times eps, and eps as the probes have it, of 12 significant bits; 1 for a schedule.
 
     Raises:
         ValueError: if eps is not a positive number.
     """
+    if callable(eps):
+        return pattern.astype(np.float32), np.float32(1)
     if not (math.isfinite(eps) and eps > 1e-30):
         raise ValueError(f"eps is {eps}, expected a positive number such as 1e-3")
     cut = Estimator("", np.array([[eps]], np.float32), lambda losses: losses).probes[0, 0]
@@ -181,4 +223,5 @@ def averaged(estimator: Estimator, n: int) -> Estimator:
         return copies.reshape(-1) / np.float32(n)
 
     probes = np.kron(np.eye(n, dtype=np.float32), estimator.probes)
-    return Estimator(f"averaged({estimator.name}, {n})", probes, coefficients, estimator.direction)
+    name = f"averaged({estimator.name}, {n})"
+    return Estimator(name, probes, coefficients, estimator.direction, estimator.eps, estimator.power)

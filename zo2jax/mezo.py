@@ -74,20 +74,25 @@ def _check_loss(loss: jax.Array) -> jax.Array:
 
 
 def conclude(
-    estimator: Estimator, optimizer: Optimizer, keys: jax.Array, losses: jax.Array, opt_state: Any
+    estimator: Estimator,
+    optimizer: Optimizer,
+    keys: jax.Array,
+    losses: jax.Array,
+    opt_state: Any,
+    step: jax.Array,
 ) -> tuple[Info, Any]:
-    """From the M losses of a step to the update that it makes, and the optimizer's next state.
+    """From the M losses of step ``step`` (0, 1, ..) to the update that it makes, and the optimizer's next state.
 
     Losses or coefficients that are not finite make an update that changes nothing.
 
     >>> from zo2jax import sgd, two_point
     >>> estimator, optimizer = two_point(0.5), sgd(1.0)
     >>> keys = jax.random.split(jax.random.key(0), 1)
-    >>> info, _ = conclude(estimator, optimizer, keys, jnp.array([3.0, 1.0]), optimizer.init(1))
+    >>> info, _ = conclude(estimator, optimizer, keys, jnp.array([3.0, 1.0]), optimizer.init(1), jnp.uint32(0))
     >>> float(info.update.coefs[0]), bool(info.skipped)
     (-2.0, False)
     """
-    g = estimator.coefficients(losses)
+    g = estimator.projected_gradient(losses, step)
     finite = jnp.isfinite(losses).all() & jnp.isfinite(g).all()
     coefs, decay, opt_state = optimizer.update(jnp.where(finite, g, 0), opt_state)
     good = finite & jnp.isfinite(coefs).all() & jnp.isfinite(decay)
@@ -163,8 +168,8 @@ def mezo(loss_fn: LossFn, estimator: Estimator, optimizer: Any, *, rounding: Rou
             probe = perturb(state.params, keys[row[0]], row[1], state.leaf_ids, direction=estimator.direction)
             return _check_loss(loss_fn(probe, batch))
 
-        losses = lax.map(member, (jnp.asarray(indices), jnp.asarray(values)))
-        info, opt_state = conclude(estimator, transform, keys, losses, state.opt_state)
+        losses = lax.map(member, (jnp.asarray(indices), estimator.scaled(jnp.asarray(values), state.step)))
+        info, opt_state = conclude(estimator, transform, keys, losses, state.opt_state, state.step)
         moved = apply_update(
             state.params, info.update, state.leaf_ids, direction=estimator.direction, rounding=rounding
         )

@@ -158,6 +158,61 @@ def sgd(
     return Optimizer(init, update, f"sgd({rate}, weight_decay={weight_decay}{more})", momentum)
 
 
+class ClipState(NamedTuple):
+    """The state of `clip_by_running_scale`: the running mean of |g|^2, and how many steps are in it.
+
+    >>> clip_by_running_scale().transformation.init(jnp.zeros(1)).steps.dtype
+    dtype('int32')
+    """
+
+    second: jax.Array
+    """float32 []."""
+    steps: jax.Array
+
+
+def clip_by_running_scale(factor: float = 3.0, beta: float = 0.99) -> Faithful:
+    """Bounds |g| by a multiple of its running root mean square; for the ``transform`` of `sgd`.
+
+    g_t <- g_t min(1, b_t / |g_t|) with b_t = factor sqrt(v_(t-1) / (1 - beta^(t-1))), where v_t = beta v_(t-1) +
+    (1 - beta) |g_t|^2 is the running mean of the bounded |g|^2, and |g| the norm of a step's K projected gradients. A
+    bound that follows the run, in place of `optax.clip`'s, which has to be known before. It scales whole estimates, so
+    it is faithful. Steps whose g is 0, skipped ones among them, say nothing of the scale; the first one has no bound.
+
+    Args:
+        factor: above 1; g of one direction is nearly normal, and 3 bounds one step in 370 of a quiet run.
+        beta: of the running mean; it looks back about 1 / (1 - beta) steps.
+
+    Raises:
+        ValueError: for a factor that is not above 1, or a beta outside [0, 1).
+
+    >>> optimizer = sgd(1.0, transform=clip_by_running_scale(2.0))
+    >>> state = optimizer.init(1)
+    >>> for g in (1.0, -1.0, 50.0):
+    ...     coefs, decay, state = optimizer.update(jnp.array([g]), state)
+    >>> round(float(coefs[0]), 4)
+    -2.0
+    """
+    if not 1 < factor < float("inf"):
+        raise ValueError(f"factor is {factor}, expected a number above 1, such as 3")
+    if not 0 <= beta < 1:
+        raise ValueError(f"beta is {beta}, expected a number in [0, 1), such as 0.99")
+
+    def init(params: Any) -> ClipState:
+        return ClipState(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
+
+    def update(g: Any, state: ClipState, params: Any = None) -> tuple[Any, ClipState]:
+        square = jnp.sum(jnp.square(g))
+        before = 1 - jnp.float32(beta) ** state.steps.astype(jnp.float32)
+        bound = jnp.where(state.steps > 0, factor**2 * state.second / jnp.where(state.steps > 0, before, 1), jnp.inf)
+        there = square > 0
+        kept = jnp.minimum(square, bound)
+        second = jnp.where(there, beta * state.second + (1 - beta) * kept, state.second)
+        scale = jnp.where(square > bound, jnp.sqrt(bound / jnp.where(there, square, 1)), 1)
+        return g * scale, ClipState(second, state.steps + there.astype(jnp.int32))
+
+    return Faithful(optax.GradientTransformation(init, update))
+
+
 class MEAZOState(NamedTuple):
     """The state of `meazo`: the running mean of g^2, how many steps are in it, and the state of its SGD.
 

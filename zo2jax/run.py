@@ -31,6 +31,7 @@ from zo2jax.plan import Plan
 from zo2jax.plan.machine import measure_link
 from zo2jax.restored import opened
 from zo2jax.saver import Saver
+from zo2jax.stream import Members
 from zo2jax.updates import Rounding, Update, stochastic
 
 Loss = Callable[[Any, Batch], jax.Array] | Generated
@@ -196,6 +197,11 @@ class Run:
         return self.steps_done in self._metrics.evaluated
 
     @property
+    def held_out(self) -> dict[int, float | None]:
+        """What `evaluate` found, by the steps done then, those before a resume included; None: not finite."""
+        return dict(self._metrics.evaluated)
+
+    @property
     def saving(self) -> bool:
         """Whether a checkpoint is written in the background, or will be from the next step on."""
         return self._saver.busy
@@ -321,8 +327,9 @@ class Run:
         parts = batch if isinstance(batch, list) else [batch]
         if not parts:
             raise ValueError("a step of no batches: expected a batch, or a list of them")
-        of_chunks = [keys] if len(self._chunks) == 1 else _chosen(keys, [k for k, _ in self._chunks])
-        members = [(some, rows) for some, (_, rows) in zip(of_chunks, self._chunks, strict=True)]
+        members = [(keys, self._chunks[0][1])]
+        if len(self._chunks) > 1 or self._estimator.eps is not None:
+            members = _members(self._estimator, keys, self._state.step, self._chunks)
         if self._generated is not None:
             self._weights.settle()
             visits = [(self._stream.probe_visits(some), len(some[1])) for some in members]
@@ -386,7 +393,12 @@ class Run:
 
 
 _step_keys = jax.jit(step_keys, static_argnums=(2, 3))
-_chosen = jax.jit(lambda keys, chunks: [keys[k] for k in chunks])
+
+
+@partial(jax.jit, static_argnums=0)
+def _members(estimator: Estimator, keys: jax.Array, step: jax.Array, chunks: Any) -> list[Members]:
+    """What `Stream.train` is given of each chunk."""
+    return [(keys[k], estimator.scaled(rows, step)) for k, rows in chunks]
 
 
 @jax.jit
@@ -402,7 +414,8 @@ def _conclude(
 ) -> tuple[Info, Any, jax.Array]:
     """From (loss sums, counts) of the members to the step's update, the optimizer's state and the next step."""
     total, count = sums
-    info, opt_state = conclude(estimator, optimizer, keys, total / jnp.where(count > 0, count, 1), opt_state)
+    losses = total / jnp.where(count > 0, count, 1)
+    info, opt_state = conclude(estimator, optimizer, keys, losses, opt_state, step)
     return info, opt_state, step + 1
 
 

@@ -7,7 +7,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -83,9 +83,12 @@ def train(config: Config, console: Console | None = None) -> Result:
         else:
             console.print(f"going on after step {run.steps_done} in {run.directory}")
             _check(run, config, data, console)  # the run may have been killed before it did
+        patient = False
         with _Display(console, config, run.steps_done) as display:
             try:
                 for batch in run.remaining(data.batches):
+                    if patient := _waited(run.held_out, config.patience):
+                        break
                     info = run.step(batch)
                     display.show(info)
                     _check(run, config, data, console)
@@ -96,17 +99,19 @@ def train(config: Config, console: Console | None = None) -> Result:
                     run.save()
                 raise
         run.save()
-        done = run.steps_done
-        if done < config.steps:
+        done, finished = run.steps_done, run.steps_done >= config.steps or patient
+        if patient:
+            console.print(f"stopped after step {done}: {config.patience} evaluations without a lower held-out loss")
+        elif not finished:
             console.print(f"stopped after step {done} of {config.steps}, saved; the same command goes on from there")
     del run  # its weights: those of the best checkpoint are read next
     plot_losses(config.directory, data.unit)
     metrics = None
-    if data.evaluate is not None and done >= config.steps:
+    if data.evaluate is not None and finished:
         metrics = _evaluate_best(config, data, console)
     losses = _held_out_losses(config.directory)
     directory = Path(config.directory).expanduser()
-    return Result(directory, done, losses[0], losses[-1], done >= config.steps, metrics)
+    return Result(directory, done, losses[0], losses[-1], finished, metrics)
 
 
 def _load(config: Config) -> Model:
@@ -320,6 +325,16 @@ def _check(run: Run, config: Config, data: Prepared, console: Console) -> None:
         if not run.evaluated:
             _report(console, run.steps_done, run.evaluate(data.held_out), data.unit)
         run.save()
+
+
+def _waited(losses: Mapping[int, float | None], patience: int) -> bool:
+    """Whether so many evaluations in a row found no lower loss than those before; a patience of 0 never ends.
+
+    >>> [_waited({0: 3.0, 5: 2.0, 10: 2.5, 15: None}, patience) for patience in (0, 1, 2, 3)]
+    [False, True, True, False]
+    """
+    found = [math.inf if loss is None or math.isnan(loss) else loss for _, loss in sorted(losses.items())]
+    return bool(found) and 0 < patience <= len(found) - 1 - found.index(min(found))
 
 
 def _report(console: Console, step: int, loss: float, unit: str) -> None:
