@@ -68,6 +68,7 @@ def test_dense_directions_have_a_refresh_with_a_format():
         ("estimator=one_sided", "estimator=one_sided, directions=1: n is 1, expected at least 2 directions"),
         ("estimator=spsa", "estimator=spsa: expected one of 'two_point', 'one_sided', 'leave_one_out'"),
         ("warmup=1000", "warmup=1000: expected a number of steps below steps=1000"),
+        ("eps_end=-1", r"eps_end=-1\.0: expected a finite number of at least 0"),
         ("patience=-1", "patience=-1: expected an integer of at least 0"),
         ("clip_scale=1", r"clip_scale=1\.0: expected a number above 1"),
         ("micro_batches=3", "micro_batches=3, batch=16: expected a divisor of the batch"),

@@ -54,6 +54,14 @@ def test_bad_eps(eps):
         zo.two_point(eps)
 
 
+@pytest.mark.parametrize("make", [zo.one_sided, zo.leave_one_out])
+def test_too_few_directions(make):
+    with pytest.raises(ValueError, match="n is 1, expected at least 2 directions"):
+        make(1, 1e-3)
+    with pytest.raises(ValueError, match=r"eps is -0\.1"):
+        make(2, -0.1)
+
+
 def test_bad_copies_and_bad_matrix():
     with pytest.raises(ValueError, match="n is 0"):
         zo.averaged(zo.two_point(1e-3), 0)

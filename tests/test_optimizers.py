@@ -85,10 +85,17 @@ def test_meazo_divides_by_the_running_root_mean_square():
         coefs, decay, state = optimizer.update(jnp.asarray(g, jnp.float32), state)
         rate = 1 - 0.03 * t
         if t != 7:
-            second, count = 0.9 * second + 0.1 * g.sum() ** 2, count + 1
+            second, count = 0.9 * second + 0.1 * (g**2).sum(), count + 1
         root = np.sqrt(second / (1 - 0.9**count)) + 1e-3
         np.testing.assert_allclose(coefs, -rate * g / root, rtol=2e-5)
         np.testing.assert_allclose(decay, 0.5 * rate, rtol=1e-6)
+
+
+def test_meazo_takes_projected_gradients_that_add_up_to_nothing():
+    """As those of `leave_one_out` do: the step is as long as any other."""
+    optimizer = zo.meazo(0.1)
+    coefs, _, _ = optimizer.update(jnp.array([3.0, -4.0, 1.0]), optimizer.init(3))
+    assert float(jnp.sqrt((coefs**2).sum())) == pytest.approx(0.1, rel=1e-5)
 
 
 def test_meazo_does_not_depend_on_the_scale_of_the_loss():

@@ -212,6 +212,9 @@ def test_blocks_that_own_shared_leaves_stay():
     ("options", "message"),
     [
         ({"tokens": 0}, "tokens=0, rows=1, batches=1: expected integers of at least 1"),
+        ({"batches": 0}, "tokens=2048, rows=1, batches=0: expected integers of at least 1"),
+        ({"probe_batch": 0, "device_memory": "1GiB"}, "probe_batch is 0, expected an integer of at least 1"),
+        ({"probe_batch": 2, "device_memory": "1kB"}, ", or a smaller probe_batch"),
         ({"tier": "tape"}, "tier='tape': expected 'device', 'host' or 'disk'"),
         ({"prefetch": -1}, "prefetch is -1, expected"),
         ({"device_memory": "much"}, "size 'much': expected"),

@@ -1,6 +1,7 @@
 """Estimators of several probes: what they estimate, in which parts, and one step of several batches."""
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from killing import MODEL
 
 import zo2jax as zo
 from zo2jax.directions import leaf_ids
+from zo2jax.metrics import read_metrics
+from zo2jax.replay import read_journal
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -234,6 +237,17 @@ def test_a_population_in_parts(direction, tmp_path):
     assert_same(arrays(zo.replay(model, tmp_path / "parts").source), weights)
 
 
+def test_lines_that_the_metrics_lack_are_those_of_their_steps(tmp_path):
+    """Projected gradients too, with an eps that is another at each step."""
+    estimator = zo.two_point(optax.linear_schedule(1e-3, 1e-1, 4))
+    trained(tmp_path, estimator, batches(4))
+    names, lines = ("step", "train/loss", "train/projected_gradient"), read_metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    trained(tmp_path, estimator, batches(4))
+    again = read_metrics(tmp_path)
+    assert [[line[name] for name in names] for line in again] == [[line[name] for name in names] for line in lines]
+
+
 def test_a_run_keeps_to_its_parts_and_its_schedule(tmp_path):
     eps = optax.linear_schedule(1e-3, 1e-1, 6)
     estimator, data, plan = zo.leave_one_out(5, eps), batches(6), zo.Plan(probe_batch=2)
@@ -244,6 +258,13 @@ def test_a_run_keeps_to_its_parts_and_its_schedule(tmp_path):
     _, weights, _ = trained(tmp_path / "half", estimator, data)
     assert_same(weights, whole)
     assert_same(arrays(zo.replay(small(jnp.bfloat16), tmp_path / "half").source), whole)
+    tight = replace(zo.plan(small(), batch=data[0]), probe_batch=1)
+    with pytest.warns(UserWarning, match=r"the run evaluates 2 members at once, .* give zo.plan\(probe_batch=2\)"):
+        trained(tmp_path / "half", estimator, data, tight)
+    trained(tmp_path / "other", estimator, data[:1])
+    found = [read_journal(tmp_path / name) for name in ("half", "other")]
+    assert found[0].differs(found[1]).startswith("probe_batch: 2 and None")
+    assert "2 members at once" in str(found[0]) and "at once" not in str(found[1])
 
 
 @pytest.mark.parametrize("direction", [zo.normal, pytest.param(zo.lowrank(2, refresh=2), marks=pytest.mark.slow)])
@@ -291,3 +312,18 @@ def test_a_step_of_no_batches(tmp_path):
             run.step([])
         assert run.steps_done == 0
         run.step(batches(1)[0])
+
+
+def test_a_batch_among_others_that_the_model_cannot_take(tmp_path):
+    """Nothing of the step is done, and the one before is not done twice."""
+    good, estimator = batches(2), zo.leave_one_out(3, 1e-3)
+    bad = {"x": np.ones((2, 4), np.float32), "weights": np.ones(2, np.float32)}
+    model, weights, _ = trained(tmp_path / "good", estimator, [good, good])
+    how = {"directory": tmp_path / "bad", "key": jax.random.key(5), "plan": zo.Plan(probe_batch=3)}
+    with zo.Run(model, estimator, zo.sgd(1e-2, 0.1), **how) as run:
+        run.step(good)
+        with pytest.raises(TypeError, match="same shape"):
+            run.step([good[0], bad])
+        assert run.steps_done == 1
+        run.step(good)
+        assert_same(arrays(run.model.source), weights)

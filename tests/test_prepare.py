@@ -71,6 +71,8 @@ def test_micro_batches_are_the_rows_of_a_step(folder, tiny_folder):
     for step, batch in zip(parts, whole, strict=True):
         assert [len(part["labels"]) for part in step] == [2, 2]
         np.testing.assert_array_equal(np.concatenate([part["labels"] for part in step]), batch["labels"])
+    assert [len(step) for step in parts[-1:]] == [2]
+    np.testing.assert_array_equal(parts[-1][1]["ids"], parts[config.steps - 1][1]["ids"])
     with pytest.raises(IndexError, match=f"step {config.steps} of {config.steps}"):
         parts[config.steps]
 

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -160,6 +161,15 @@ def test_steps_may_grow_and_nothing_else_changes(arguments, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "eps: 0.01 there, 0.02 now; seed: 0 there, 5 now" in error and "Only steps may grow" in error
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_a_plan_is_for_the_members_that_a_run_was_begun_with(arguments, tmp_path, capsys):
+    assert cli.main(arguments("directions=2", "steps=1")) == 0
+    config = load_config("stories260k_shakespeare", arguments("directions=2", "device_memory=1GiB")[2:])
+    assert train._members_at_once(config) == 4
+    assert train._members_at_once(replace(config, directory=str(tmp_path / "new"))) == 0
+    assert cli.main(arguments("directions=2", "steps=2", "tier=host", "device_memory=1GiB")) == 0
+    assert "going on after step 1" in capsys.readouterr().out
 
 
 def test_patience_ends_a_run_whose_held_out_loss_stays(arguments, tmp_path, capsys):

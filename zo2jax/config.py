@@ -110,7 +110,7 @@ class Config:
     learning rate of its own) one for each and one more, "leave_one_out" one for each. The latter take two directions at
     least."""
     micro_batches: int = 1
-    """In which the ``batch`` rows of a step are computed, for the memory of one of them."""
+    """In which the ``batch`` rows of a step are computed, for activations of one of them."""
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""
     """Of the matrices; empty keeps the checkpoint's."""
     format: Literal["", "int8", "int4"] = ""
@@ -126,7 +126,7 @@ class Config:
     eval_every: int = 500
     """Steps between two evaluations, each followed by a checkpoint."""
     patience: int = 0
-    """Evaluations in a row without a lower held-out loss than before, at which the run ends; 0: none do."""
+    """Evaluations in a row without a lower held-out loss than before, at which the run ends; 0: it goes on."""
     max_skipped: int = 10
     """Steps in a row that may have a loss that is not finite."""
     tensorboard: bool = True
@@ -136,14 +136,14 @@ class Config:
     replay_within: float = 600.0
     """Seconds in which a run that was killed is back where it was: checkpoints are saved in the background so often."""
     tier: Literal["device", "host", "disk"] = "device"
-    """Where blocks live that do not stay on the device. It, and the next three, change no weights: a run may go on, or
-    be evaluated, with others."""
+    """Where blocks live that do not stay on the device. It, ``device_memory`` and ``prefetch`` may be others when a run
+    goes on, or is evaluated."""
     device_memory: str = ""
     """The most device memory that training may take, such as 4GiB: as many blocks stay on the device as fit. Empty: all
     blocks go to ``tier``. With tier=device, what does not fit is refused."""
     probe_batch: int = 0
-    """Members of the population that are computed at once; 0: all, or as many as ``device_memory`` has room for. A run
-    keeps to what it was begun with."""
+    """Members of the population that are computed at once; 0: all, or as many as ``device_memory`` has room for. It
+    changes the last bits of losses, so a run keeps to what it was begun with."""
     prefetch: int = 1
     """Blocks whose upload is begun before the present one is computed."""
 
@@ -285,7 +285,7 @@ class Config:
         return ROUNDINGS[self.rounding]
 
     def as_json(self) -> dict[str, Any]:
-        """What config.json holds: every field but those that change no weights; local paths are absolute."""
+        """What config.json holds: every field but those that may be others later; local paths are absolute."""
         values = asdict(self)
         neutral: tuple[str, ...] = (
             "directory",

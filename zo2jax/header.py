@@ -106,13 +106,13 @@ class Header:
         return cls(**{**values, "key": tuple(values["key"])})
 
     def differences(self, other: "Header", said: str = "{} there, {} here") -> list[str]:
-        """Where another header says something else; but for configs, a base that is not known ({}), and chunks.
+        """Where another header says something else; but for configs, and for a base that is not known ({}).
 
         >>> Header(key=(0, 7), momentum=0.9).differences(Header(key=(0, 7)))
         ['momentum: 0.9 there, 0.0 here']
         """
         mine, theirs = self.as_json(), other.as_json()
-        names = [name for name in mine if name not in ("config", "base", "probe_batch") and mine[name] != theirs[name]]
+        names = [name for name in mine if name not in ("config", "base") and mine[name] != theirs[name]]
         found = [f"{name}: {said.format(mine[name], theirs[name])}" for name in names]
         if self.base and other.base and self.base != other.base:
             blocks = [name for name in {**self.base, **other.base} if self.base.get(name) != other.base.get(name)]

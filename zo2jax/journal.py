@@ -121,8 +121,11 @@ class Recorded:
         """Bytes of the file up to its last whole record; what follows was torn off while it was written."""
 
     def check(self, header: Header) -> None:
-        """Raises JournalError if a header says something else than this one's; see `Header.differences`."""
-        if differences := self.header.differences(header):
+        """Raises JournalError if a header says something else than this one's; see `Header.differences`.
+
+        How many members are evaluated at once is not asked: a run keeps to this one's.
+        """
+        if differences := self.header.differences(dataclasses.replace(header, probe_batch=self.header.probe_batch)):
             raise JournalError(
                 f"{self.path} is of another run ({'; '.join(differences)}): use what it was begun with, or another "
                 "directory"
@@ -147,7 +150,7 @@ class Recorded:
             "loss": f"{losses[:tenth].mean():.4f} to {losses[-tenth:].mean():.4f} (first and last tenth)"
             if len(self)
             else "",
-            "estimator": header.estimator,
+            "estimator": header.estimator + (f", {header.probe_batch} members at once" if header.probe_batch else ""),
             "optimizer": header.optimizer,
             "matrices": f"{header.dtype}, {header.rounding} rounding" + (f", {header.format}" if header.format else ""),
             "base": hashlib.sha256(json.dumps(header.base, sort_keys=True).encode()).hexdigest()[:16],

@@ -214,7 +214,7 @@ def clip_by_running_scale(factor: float = 3.0, beta: float = 0.99) -> Faithful:
 
 
 class MEAZOState(NamedTuple):
-    """The state of `meazo`: the running mean of g^2, how many steps are in it, and the state of its SGD.
+    """The state of `meazo`: the running mean of |g|^2, how many steps are in it, and the state of its SGD.
 
     >>> meazo(0.1).init(1).steps.dtype
     dtype('int32')
@@ -231,8 +231,9 @@ def meazo(
 ) -> Optimizer:
     """SGD whose step is divided by the running root mean square of the projected gradient: one number of state.
 
-    coefs = -lr_t g / (sqrt(v_t / (1 - beta^t)) + epsilon), with v_t = beta v_(t-1) + (1 - beta) g_t^2 and g_t the mean
-    of the projected gradients of a step (MEAZO, Dbouk et al., arXiv 2605.03869). It scales whole updates, so it
+    coefs = -lr_t g / (sqrt(v_t / (1 - beta^t)) + epsilon), with v_t = beta v_(t-1) + (1 - beta) |g_t|^2 and |g_t|^2 the
+    sum of the squared projected gradients of a step (MEAZO, Dbouk et al., arXiv 2605.03869, has one of them, or their
+    mean, whose square is the same on average; but for `leave_one_out` it is 0). It scales whole updates, so it
     commutes with z and is faithful. The learning rate is the size of an update of a weight, in units of z. Steps whose
     g is 0 (skipped ones among them) say nothing of its size, and are left out of the mean.
 
@@ -260,10 +261,10 @@ def meazo(
         return MEAZOState(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), plain.init(count))
 
     def update(g: jax.Array, state: MEAZOState) -> tuple[jax.Array, jax.Array, MEAZOState]:
-        mean = jnp.sum(g)  # each g_k carries the weight 1 / K
-        there = mean != 0
+        square = jnp.sum(jnp.square(g))  # each g_k carries the weight 1 / K
+        there = square > 0
         steps = state.steps + there.astype(jnp.int32)
-        second = jnp.where(there, beta * state.second + (1 - beta) * mean**2, state.second)
+        second = jnp.where(there, beta * state.second + (1 - beta) * square, state.second)
         corrected = second / jnp.where(steps > 0, 1 - jnp.float32(beta) ** steps.astype(jnp.float32), 1)
         coefs, decay, inner = plain.update(g / (jnp.sqrt(corrected) + epsilon), state.sgd)
         return coefs, decay, MEAZOState(second, steps, inner)

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -93,7 +94,8 @@ class Run:
         optimizer: ``zo.sgd(...)``, or an optax transformation of the projected gradients.
         directory: where the run lives; made if it is not there.
         key: ``jax.random.key(seed)``.
-        plan: where the model's blocks live; on the device if None. It changes no weights, and may be another on resume.
+        plan: where the model's blocks live; on the device if None. It changes no weights, and may be another on resume;
+            but for its ``probe_batch``, which changes the last bits of losses: that of the beginning stays.
         rounding: how updates of 16-bit matrices are rounded.
         config: what describes the run; compared with config.json on resume. The model's folder and the loss if None.
         loss: what is trained on instead of the model's own loss: ``fn(what the head gives, batch) -> float32
@@ -155,8 +157,15 @@ class Run:
         header = Header.of(model, estimator, optimizer, rounding, self._state.key, wanted)
         self._files = Directory(directory, header, config, may_grow, sync_every=sync_every)
         self.directory = self._files.path
-        chunks = estimator.chunks(self._files.header.probe_batch)  # that of a run that is there stays
-        self._chunks = [(jnp.asarray(k), jnp.asarray(rows)) for k, rows in chunks]
+        known = self._files.header.probe_batch  # that of a run that is there stays
+        self._chunks = [(jnp.asarray(k), jnp.asarray(rows)) for k, rows in estimator.chunks(known)]
+        everybody = len(estimator.probes)
+        if plan is not None and plan.budget is not None and (known or everybody) > (wanted or everybody):
+            warnings.warn(
+                f"the run evaluates {known or everybody} members at once, as it was begun; the plan expects {wanted}, "
+                f"and less memory: give zo.plan(probe_batch={known or everybody})",
+                stacklevel=2,
+            )
         self._pending: StepInfo | None = None
         self._finished: float | None = None  # when the last recorded step was done
         self._rate = float("nan")
@@ -233,10 +242,11 @@ class Run:
         return itertools.islice(batches, self.steps_done, None)
 
     def step(self, batch: Any) -> StepInfo:
-        """One step: the last step's update and this one's probes, block by block, from one read of the weights.
+        """One step: the last step's update and this one's probes, block by block, from one upload of the weights.
 
-        A list of batches makes one step of them all (gradient accumulation): each goes through a block while it is on
-        the device, in the memory of one of them, and the loss is the sum of their losses over the sum of their counts.
+        A list of batches makes one step of them all (gradient accumulation): they go through a block one after the
+        other while it is on the device, each in the memory of one, and the loss is the sum of all losses over the sum
+        of all counts. A batch itself is anything but a list.
 
         Metrics of a step are written when the next one is under way, so that the device never waits.
 
@@ -279,7 +289,7 @@ class Run:
             visit = self._stream.visits(self._model.blocks)
             sums = [self._generated.sums(self._model, visit, batch) for batch in batches]
             loss = ratio([(total[0], count[0]) for total, count in sums])
-        self._metrics.evaluated[self.steps_done] = loss
+        self._metrics.evaluated[self.steps_done] = number(loss)
         self._metrics.write({"step": self.steps_done, "eval/loss": number(loss)})
         return loss
 
@@ -348,10 +358,10 @@ class Run:
         state, estimator = self._state, self._estimator
         return _step_keys(state.key, state.step, estimator.directions, estimator.direction)
 
-    def _concluded(self, keys: jax.Array, sums: Any) -> tuple[Info, State]:
-        """What a step found, from (loss sums, counts) of its members, and the state after it."""
+    def _concluded(self, keys: jax.Array, sums: Any, step: Any = None) -> tuple[Info, State]:
+        """What a step found, from (loss sums, counts) of its members, and the state after it; the next one if None."""
         how, state = (self._estimator, self._optimizer), self._state
-        info, opt_state, step = _conclude(*how, keys, sums, state.opt_state, state.step)
+        info, opt_state, step = _conclude(*how, keys, sums, state.opt_state, state.step if step is None else step)
         return info, state._replace(opt_state=opt_state, step=step)
 
     def _replay(self) -> None:
@@ -369,7 +379,7 @@ class Run:
         """Writes the lines of steps that the journal has and the metrics lack, as when the run was killed between."""
         for step in sorted(set(range(1, self.steps_done + 1)) - self._metrics.trained):
             record = self._files.journal.record(step - 1)
-            info = self._concluded(self._keys(), self._sums_of(record))[0]
+            info = self._concluded(self._keys(), self._sums_of(record), np.uint32(step - 1))[0]
             self._metrics.write(of_step(step, info.loss, info.projected_gradient, record.skipped))
 
     def _record(self, info: StepInfo | None) -> None:

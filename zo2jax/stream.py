@@ -5,7 +5,8 @@ begun (memory that is allocated after a computation was issued waits for it); wh
 later blocks are computed; and an upload waits until earlier blocks have left the device, so that there are never more
 than ``prefetch + 2`` of them there, nor more bytes than `zo2jax.plan.room` says. Nothing else waits within a step. A
 training visit applies the last step's update to a block, makes the probes of the new weights from the same read, matrix
-by matrix, and takes all members of the population one block further.
+by matrix, and takes the members of the population one block further; where they come in parts, or with several batches,
+the next ones follow in visits of their own, while the block is there.
 """
 
 from collections.abc import Mapping, Sequence
@@ -177,6 +178,7 @@ class Stream(Mapping[str, Params]):
         """
         self._check_whole()
         parts = [(part, batch) for batch in batches for part in probes]
+        assert parts, "the update is in the visits of the first part"
         given = [(None if j else update, *part) for j, part in enumerate(parts)]
         try:
             for one in given:

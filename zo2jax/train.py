@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def train(config: Config, console: Console | None = None) -> Result:
     console = console or Console()
     model = _load(config)
     data = prepare(config, model)
-    plan = _plan(config, model, data)
+    plan = _plan(replace(config, probe_batch=_members_at_once(config)), model, data)
     console.print(
         f"{config.model}: {model.parameter_count:,} parameters, {model.dtype}, on {jax.devices()[0].device_kind}; "
         f"{data.summary}"
@@ -137,6 +137,15 @@ def _load(config: Config) -> Model:
 def _held_out_losses(directory: str) -> list[float]:
     found = [line["eval/loss"] for line in read_metrics(directory) if "eval/loss" in line]
     return [math.nan if loss is None else loss for loss in found]
+
+
+def _members_at_once(config: Config) -> int:
+    """Those that the run of the config's directory was begun with; what the config says if there is none."""
+    folder = Path(config.directory).expanduser()
+    if not (folder / "journal").is_file():
+        return config.probe_batch
+    header = read_journal(folder).header
+    return header.probe_batch or header.members
 
 
 def _plan(config: Config, model: Model, data: Prepared) -> Plan:

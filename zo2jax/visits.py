@@ -119,10 +119,12 @@ def _members(
 
 
 def _train(
-    stage: Stage, pages: Any, rest: Any, tied: Any, beside: ReadOnly | None, ids: Any, update: Update, probes: Any,
-    carry: Any, batch: Batch, direction: Direction, rounding: Rounding,
+    stage: Stage, pages: Any, rest: Any, tied: Any, beside: ReadOnly | None, ids: Any, update: Update | None,
+    probes: Any, carry: Any, batch: Batch, direction: Direction, rounding: Rounding,
 ) -> Any:  # fmt: skip
     """One block of a training sweep: ((pages or what is kept of them, rest) after the update, carries [M, ...], done).
+
+    The update is None in the visits that follow the first of a block.
 
     ``done`` is a number that is there when the visit is over, and that no later visit is given.
     """

@@ -104,7 +104,7 @@ class Weights:
             self.stream.fold(basis)
 
     def train(self, probes: Sequence[Members], batches: Sequence[Batch]) -> list[Any]:
-        """What the last block gives for the probes of the weights with every update, see `Stream.train`."""
+        """By batch, what the last block gives for the probes of the weights with every update, see `Stream.train`."""
         update, self._lacking = self._lacking, self._nothing
         return self.stream.train(update, probes, batches)
 

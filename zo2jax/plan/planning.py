@@ -48,9 +48,10 @@ class Budget:
     window: int
     """The most bytes of streamed blocks on the device at once."""
     probes: int
-    """Of all members' copies of the largest matrix, or of a slab of a vocabulary; one copy if they share it."""
+    """Of the copies of the largest matrix, or of a slab of a vocabulary, of members that are evaluated at once; one
+    copy if they share it."""
     activations: int
-    """Of all members, the carries that are waiting included."""
+    """Of members that are evaluated at once, and the carries of all that wait."""
     libraries: int
     limit: int | None = None
     """The device memory that was asked for."""
@@ -228,7 +229,7 @@ def plan(
     Without ``device_memory`` all blocks go to ``tier``. With it, as many bytes as fit stay on the device, spread
     evenly among the streamed ones, so that uploads go on while resident blocks are computed. Blocks whose leaves
     another one shares, and those without a matrix of their own, always stay on the device. If not even two blocks fit
-    beside what all members of the population take, these are evaluated in the fewest equal parts with which they do.
+    beside what all members of the population take, these are evaluated in parts, the fewest with which they do.
     The keys and values that generation keeps come on top.
 
     Args:
@@ -254,6 +255,7 @@ def plan(
     """
     if min(tokens, rows, batches) < 1:
         raise ValueError(f"tokens={tokens}, rows={rows}, batches={batches}: expected integers of at least 1")
+    Plan(prefetch=prefetch, probe_batch=probe_batch)  # checks them
     if tier not in get_args(Tier):
         raise ValueError(f"tier={tier!r}: expected 'device', 'host' or 'disk'")
     limit = None if device_memory is None else parse_size(device_memory)
@@ -278,6 +280,7 @@ def plan(
         other = f" with all blocks on the device: give that, or tier='host', which needs {_enough(streamed)}"
         if tier != "device":
             other = ": give that, or take fewer rows or tokens" + ", or prefetch=0" * (prefetch > 0)
+            other += ", or a smaller probe_batch" * (probe_batch is not None and probe_batch > 1)
         needed = f"a batch of {what} needs {_enough(chosen)} at least{other}"
         raise ValueError(f"device_memory is {limit / _GIB:.3g} GiB, and {needed}")
     tiers: dict[str, Tier] = {name: "device" if name in chosen.stays else tier for name in work.sizes}
@@ -336,6 +339,7 @@ class _Work:
         """With the members in the fewest parts with which a step fits; in single ones if it never does."""
         for parts in range(1, self.members + 1):
             chunk = -(-self.members // parts)
+            chunk += chunk % 2 if chunk > 1 and self.members % 2 == 0 else 0  # pairs share their directions
             work = replace(self, chunk=None if parts == 1 else chunk)
             assert self.limit is not None
             if work.budget(stays).peak <= self.limit or chunk == 1:

@@ -56,9 +56,11 @@ class InParts(Sequence[Any]):
 
     def __getitem__(self, index: Any) -> Any:
         """The batches of step ``index``."""
-        if not 0 <= index < len(self):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
             raise IndexError(f"step {index} of {len(self)}")
-        return [self.batches[index * self.parts + i] for i in range(self.parts)]
+        return [self.batches[index % len(self) * self.parts + i] for i in range(self.parts)]
 
 
 def prepare(config: Config, model: Model) -> Prepared:
