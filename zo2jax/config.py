@@ -298,11 +298,9 @@ class Config:
             "scoring",
         )
         neutral += () if self.format else ("format", "group")
-        neutral += () if self.compute != "bf16" else ("compute",)
-        neutral += () if self.momentum else ("momentum",)
-        neutral += () if self.estimator != "two_point" else ("estimator",)
-        neutral += () if self.micro_batches > 1 else ("micro_batches",)
-        neutral += tuple(name for name in ("warmup", "clip_scale", "eps_end") if not getattr(self, name))
+        # Runs of versions that lack these are as with what they are by default.
+        later = ("compute", "momentum", "estimator", "micro_batches", "warmup", "clip_scale", "eps_end")
+        neutral += tuple(name for name in later if getattr(self, name) == getattr(Config, name))
         neutral += () if self.direction in _LOW_RANK else ("rank",)
         neutral += () if self.direction == "lowrank" or (self.format and self.direction != "lora") else ("refresh",)
         neutral += () if self.direction == "lora" else ("alpha", "targets")

@@ -11,8 +11,7 @@ import numpy as np
 
 from pallas_kernels.bits import cut12
 from zo2jax.directions import Direction, normal, rademacher
-
-Schedule = Callable[[jax.Array], Any]
+from zo2jax.optimizers import Schedule
 
 
 @dataclass(frozen=True, eq=False)

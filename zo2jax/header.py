@@ -88,6 +88,15 @@ class Header:
         )
 
     @property
+    def members_at_once(self) -> int:
+        """How many members are evaluated at once.
+
+        >>> Header((0, 7), members=4).members_at_once, Header((0, 7), members=4, probe_batch=3).members_at_once
+        (4, 3)
+        """
+        return self.probe_batch or self.members
+
+    @property
     def typed_key(self) -> jax.Array:
         """The key as JAX has it."""
         return jax.random.wrap_key_data(jnp.array(self.key, jnp.uint32), impl="threefry2x32")

@@ -158,6 +158,17 @@ def sgd(
     return Optimizer(init, update, f"sgd({rate}, weight_decay={weight_decay}{more})", momentum)
 
 
+def _with(second: jax.Array, steps: jax.Array, beta: float, square: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A running mean of squares, and how many are in it, with another one; a square of 0 is left out."""
+    there = square > 0
+    return jnp.where(there, beta * second + (1 - beta) * square, second), steps + there.astype(jnp.int32)
+
+
+def _corrected(second: jax.Array, steps: jax.Array, beta: float) -> jax.Array:
+    """The running mean, without the zero that it began with."""
+    return second / jnp.where(steps > 0, 1 - jnp.float32(beta) ** steps.astype(jnp.float32), 1)
+
+
 class ClipState(NamedTuple):
     """The state of `clip_by_running_scale`: the running mean of |g|^2, and how many steps are in it.
 
@@ -202,13 +213,9 @@ def clip_by_running_scale(factor: float = 3.0, beta: float = 0.99) -> Faithful:
 
     def update(g: Any, state: ClipState, params: Any = None) -> tuple[Any, ClipState]:
         square = jnp.sum(jnp.square(g))
-        before = 1 - jnp.float32(beta) ** state.steps.astype(jnp.float32)
-        bound = jnp.where(state.steps > 0, factor**2 * state.second / jnp.where(state.steps > 0, before, 1), jnp.inf)
-        there = square > 0
-        kept = jnp.minimum(square, bound)
-        second = jnp.where(there, beta * state.second + (1 - beta) * kept, state.second)
-        scale = jnp.where(square > bound, jnp.sqrt(bound / jnp.where(there, square, 1)), 1)
-        return g * scale, ClipState(second, state.steps + there.astype(jnp.int32))
+        bound = jnp.where(state.steps > 0, factor**2 * _corrected(*state, beta), jnp.inf)
+        scale = jnp.where(square > bound, jnp.sqrt(bound / jnp.where(square > 0, square, 1)), 1)
+        return g * scale, ClipState(*_with(*state, beta, jnp.minimum(square, bound)))
 
     return Faithful(optax.GradientTransformation(init, update))
 
@@ -261,13 +268,10 @@ def meazo(
         return MEAZOState(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), plain.init(count))
 
     def update(g: jax.Array, state: MEAZOState) -> tuple[jax.Array, jax.Array, MEAZOState]:
-        square = jnp.sum(jnp.square(g))  # each g_k carries the weight 1 / K
-        there = square > 0
-        steps = state.steps + there.astype(jnp.int32)
-        second = jnp.where(there, beta * state.second + (1 - beta) * square, state.second)
-        corrected = second / jnp.where(steps > 0, 1 - jnp.float32(beta) ** steps.astype(jnp.float32), 1)
-        coefs, decay, inner = plain.update(g / (jnp.sqrt(corrected) + epsilon), state.sgd)
-        return coefs, decay, MEAZOState(second, steps, inner)
+        # Each g_k carries the weight 1 / K.
+        running = _with(state.second, state.steps, beta, jnp.sum(jnp.square(g)))
+        coefs, decay, inner = plain.update(g / (jnp.sqrt(_corrected(*running, beta)) + epsilon), state.sgd)
+        return coefs, decay, MEAZOState(*running, inner)
 
     return Optimizer(init, update, f"meazo over {plain.name}, beta={beta}, epsilon={epsilon}")
 

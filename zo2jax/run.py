@@ -157,13 +157,12 @@ class Run:
         header = Header.of(model, estimator, optimizer, rounding, self._state.key, wanted)
         self._files = Directory(directory, header, config, may_grow, sync_every=sync_every)
         self.directory = self._files.path
-        known = self._files.header.probe_batch  # that of a run that is there stays
-        self._chunks = [(jnp.asarray(k), jnp.asarray(rows)) for k, rows in estimator.chunks(known)]
-        everybody = len(estimator.probes)
-        if plan is not None and plan.budget is not None and (known or everybody) > (wanted or everybody):
+        at_once = self._files.header.members_at_once  # that of a run that is there stays
+        self._chunks = [(jnp.asarray(k), jnp.asarray(rows)) for k, rows in estimator.chunks(at_once)]
+        if plan is not None and plan.budget is not None and at_once > header.members_at_once:
             warnings.warn(
-                f"the run evaluates {known or everybody} members at once, as it was begun; the plan expects {wanted}, "
-                f"and less memory: give zo.plan(probe_batch={known or everybody})",
+                f"the run evaluates {at_once} members at once, as it was begun; the plan expects "
+                f"{header.members_at_once}, and less memory: give zo.plan(probe_batch={at_once})",
                 stacklevel=2,
             )
         self._pending: StepInfo | None = None

@@ -144,8 +144,7 @@ def _members_at_once(config: Config) -> int:
     folder = Path(config.directory).expanduser()
     if not (folder / "journal").is_file():
         return config.probe_batch
-    header = read_journal(folder).header
-    return header.probe_batch or header.members
+    return read_journal(folder).header.members_at_once
 
 
 def _plan(config: Config, model: Model, data: Prepared) -> Plan:

@@ -276,15 +276,18 @@ def plan(
         budgets = [work.budget(_spread(sizes, i / (4 * len(sizes)))) for i in range(4 * len(sizes) + 1)]
         chosen = max((b for b in budgets if b.peak <= limit), key=lambda b: b.resident, default=streamed)
     if limit is not None and chosen.peak > limit:
-        what = " x ".join(map(str, jax.tree.leaves(batch)[0].shape))
         other = f" with all blocks on the device: give that, or tier='host', which needs {_enough(streamed)}"
-        if tier != "device":
+        if not stays:
             other = ": give that, or take fewer rows or tokens" + ", or prefetch=0" * (prefetch > 0)
             other += ", or a smaller probe_batch" * (probe_batch is not None and probe_batch > 1)
-        needed = f"a batch of {what} needs {_enough(chosen)} at least{other}"
-        raise ValueError(f"device_memory is {limit / _GIB:.3g} GiB, and {needed}")
+        raise _refusal(batch, limit, f"{_enough(chosen)} at least{other}")
     tiers: dict[str, Tier] = {name: "device" if name in chosen.stays else tier for name in work.sizes}
     return Plan(tiers, prefetch, overlap, probe_batch=work.chunk, budget=chosen)
+
+
+def _refusal(batch: Any, limit: int, needed: str) -> ValueError:
+    what = " x ".join(map(str, jax.tree.leaves(batch)[0].shape))
+    return ValueError(f"device_memory is {limit / _GIB:.3g} GiB, and a batch of {what} needs {needed}")
 
 
 def _enough(budget: Budget) -> str:
