@@ -27,10 +27,10 @@ LAYERS = [
     {"visits", "folding"},
     {"masters"},
     {"accumulated", "listed"},
-    {"stream", "objectives"},
+    {"stream", "objectives", "adapters"},
     {"checkpoint", "kept", "weights", "directory", "restored", "saver", "run", "replay"},
     {"tasks", "config"},
-    {"train", "quantize"},
+    {"train", "trained", "quantize"},
     {"demo", "bench"},
     {"cli"},
 ]

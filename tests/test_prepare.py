@@ -16,6 +16,7 @@ from zo2jax.models.hub import export
 from zo2jax.tasks.data import demonstration_sets, find_splits, subset
 from zo2jax.tasks.prepare import prepare, resolve_task
 from zo2jax.tasks.scoring import evaluate
+from zo2jax.trained import trained_model
 
 OWN_TASK = """
 import zo2jax as zo
@@ -115,7 +116,7 @@ def test_each_objective_trains_and_is_judged(objective, folder, tiny_folder, cap
     written = json.loads((folder / "run" / "evaluation.json").read_text())
     assert written["metrics"] == result.metrics and len(written["predictions"]) == written["count"] == 6
     assert list((folder / "run" / "tensorboard").glob("events.*"))
-    step, model = train.trained_model(folder / "run", best=True)
+    step, model = trained_model(folder / "run", best=True)
     expected = evaluate(model, resolve_task("sst2", model), subset(find_splits(str(folder))[1], 1000, 0))
     assert (written["step"], result.metrics) == (step, expected.metrics)
     assert cli.main(["eval", str(folder / "run"), "--best"]) == 0

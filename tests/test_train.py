@@ -12,7 +12,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from families import optimization
 
 import zo2jax as zo
 from zo2jax import cli, demo, train
@@ -21,8 +20,10 @@ from zo2jax.config import load_config
 from zo2jax.metrics import read_metrics
 from zo2jax.models.hub import export
 from zo2jax.run import Run
+from zo2jax.trained import load_model, trained_model
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def arguments(tiny_folder, text_file, tmp_path):
 
 
 def weights(directory):
-    return train.trained_model(directory)[1].params
+    return trained_model(directory)[1].params
 
 
 def test_train_evaluate_export(arguments, tmp_path, capsys):
@@ -148,7 +149,7 @@ def test_a_second_ctrl_c_interrupts(arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Run, "step", impatient_step)
     assert cli.main(arguments()) == 130
     assert "goes on after its last step" in capsys.readouterr().err
-    assert train.trained_model(tmp_path / "run")[0] == 4
+    assert trained_model(tmp_path / "run")[0] == 4
 
 
 def test_steps_may_grow_and_nothing_else_changes(arguments, tmp_path, capsys):
@@ -184,14 +185,6 @@ def test_patience_ends_a_run_whose_held_out_loss_stays(arguments, tmp_path, caps
     assert len(read_metrics(tmp_path / "run")) == 6 + 7
 
 
-@pytest.fixture
-def unoptimized():
-    """Compiling takes a third of the time."""
-    with optimization(False):
-        yield
-
-
-@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize("tier", ["host", "disk"])
 def test_tiers_change_no_weights_and_no_evaluation(arguments, tmp_path, capsys, tier):
     """A run in a tier, one that goes on in another, and its evaluation in a third."""
@@ -216,7 +209,6 @@ def test_tiers_change_no_weights_and_no_evaluation(arguments, tmp_path, capsys, 
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize(
     ("format", "direction"),
     [
@@ -238,11 +230,10 @@ def test_a_run_that_only_reads_is_evaluated_as_it_was_while_it_ran(arguments, tm
 def test_a_folder_of_codes_says_its_format(arguments, tiny_folder, tmp_path):
     folder = zo.models.hub.export(zo.load(tiny_folder).with_format(zo.int4(group=8)), tmp_path / "codes")
     config = load_config("stories260k_shakespeare", [f"model={folder}", "direction=lowrank"])
-    assert train._load(config).format == zo.load(folder, weights=False).format == zo.int4(group=8)
+    assert load_model(config).format == zo.load(folder, weights=False).format == zo.int4(group=8)
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("unoptimized")
 def test_a_folder_of_codes_is_trained_where_it_is(arguments, tiny_folder, tmp_path, capsys):
     """The run has its format, and says how many blocks are not copied; it goes on without its files."""
     folder = zo.models.hub.export(zo.load(tiny_folder).with_format(zo.int8()), tmp_path / "codes")
@@ -256,7 +247,6 @@ def test_a_folder_of_codes_is_trained_where_it_is(arguments, tiny_folder, tmp_pa
     assert "going on after step 2" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize("objective", ["candidates", "accuracy", "generated"])
 def test_a_task_is_trained_and_evaluated_in_its_tier(objective, tiny_folder, tmp_path):
     examples = [{"sentence": "fine " * n, "label": n % 2} for n in range(1, 13)]
@@ -287,7 +277,7 @@ def test_a_trained_model_is_read_block_by_block(arguments, tmp_path, monkeypatch
     monkeypatch.setattr(
         Snapshots, "block", lambda self, step, name, like: asked.append(name) or block(self, step, name, like)
     )
-    _, model = train.trained_model(tmp_path / "run")
+    _, model = trained_model(tmp_path / "run")
     assert asked == [] and set(model.source["layers.0.mlp"]) == {"down", "gate", "norm", "up"}
     assert asked == ["layers.0.mlp"]
     zo.models.hub.export(model, tmp_path / "exported")

@@ -16,6 +16,7 @@ from zo2jax.models.hub import export, load
 from zo2jax.models.tokenizers import ChatTemplate
 from zo2jax.quantize import quantize
 from zo2jax.replay import base_of, pack, read_journal, replay
+from zo2jax.trained import export_trained_adapter, trained_model
 
 _INTERRUPTED = 130
 
@@ -54,6 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("run", help="the directory of a run")
     sub.add_argument("-o", "--output", required=True, help="the folder to make")
     sub.add_argument("--best", action="store_true", help="the weights with the best held-out loss, not the last")
+    sub.add_argument(
+        "--adapter", action="store_true", help="of a run with LoRA: its adapters alone, as peft loads them"
+    )
 
     _add_journals(commands)
 
@@ -115,8 +119,7 @@ def _run(arguments: argparse.Namespace) -> int:
     elif arguments.command == "journal":
         _show(arguments.journals)
     else:
-        _, model = train.trained_model(arguments.run, best=arguments.best)
-        print(export(model, arguments.output))
+        _export(arguments)
     return 0
 
 
@@ -128,9 +131,16 @@ def _show(paths: Sequence[str]) -> None:
         print(f"{journals[0].path} and {other.path}: {journals[0].differs(other)}")
 
 
+def _export(arguments: argparse.Namespace) -> None:
+    if arguments.adapter:
+        print(export_trained_adapter(arguments.run, arguments.output, best=arguments.best))
+    else:
+        print(export(trained_model(arguments.run, best=arguments.best)[1], arguments.output))
+
+
 def _generate(arguments: argparse.Namespace) -> None:
     is_run = (Path(arguments.model).expanduser() / "metrics.jsonl").is_file()
-    model = train.trained_model(arguments.model, best=arguments.best)[1] if is_run else load(arguments.model)
+    model = trained_model(arguments.model, best=arguments.best)[1] if is_run else load(arguments.model)
     prompts = arguments.prompts or [line.rstrip("\n").replace("\\n", "\n") for line in sys.stdin]
     texts: list[Any] = prompts
     if arguments.chat:

@@ -76,6 +76,13 @@ class Restored:
         with closing(self._weights(name, step)) as weights:
             return jax.tree.map(on_host, weights.stream[name])
 
+    def beside(self, name: str, step: int) -> Params:
+        """What is beside the matrices of a block after so many steps, of which none is before the snapshot."""
+        if not self._kept.moves(name) or (not self._steps.of and step == self._number):
+            return self._beside(name)
+        with closing(self._weights(name, step)) as weights:
+            return jax.tree.map(on_host, weights.stream.beside(name))
+
     def _weights(self, name: str, step: int) -> Weights:
         """Those of a block after so many steps."""
         assert self._journal is not None, "steps after a snapshot are in a journal"

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zo2jax.adapters import export_adapter
 from zo2jax.directions import step_keys
 from zo2jax.directory import Directory
 from zo2jax.estimators import Estimator
@@ -316,9 +317,16 @@ class Run:
         metrics = {} if loss is None or not np.isfinite(loss) else {"eval/loss": loss}
         self._saver.save(self._state, self._weights, metrics)
 
-    def export(self, folder: str | Path) -> Path:
-        """Writes the present weights as a Hugging Face folder; see `zo2jax.models.hub.export`."""
+    def export(self, folder: str | Path, *, adapter: bool = False) -> Path:
+        """Writes the present weights as a Hugging Face folder; see `zo2jax.models.hub.export`.
+
+        Args:
+            folder: to be made.
+            adapter: of a run with `zo2jax.lora`: writes the adapters alone; see `zo2jax.adapters.export_adapter`.
+        """
         self.flush()
+        if adapter:
+            return export_adapter(self._model, self._kept.direction, self._stream.beside, folder)
         return export(self.model, folder)
 
     def close(self) -> None:

@@ -18,22 +18,20 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from zo2jax.checkpoint import Snapshots
 from zo2jax.config import Config, ConfigError, load_config
-from zo2jax.kept import Kept
 from zo2jax.metrics import read_metrics, write_atomically
-from zo2jax.models.blocks import Params, Source, forward
+from zo2jax.models.blocks import forward
 from zo2jax.models.hub import load
 from zo2jax.models.model import Model
 from zo2jax.objectives import Generated, mean_loss
 from zo2jax.plan import Plan
-from zo2jax.replay import read_journal, replay
-from zo2jax.restored import Restored
+from zo2jax.replay import read_journal
 from zo2jax.run import Run, StepInfo
 from zo2jax.stream import Stream
 from zo2jax.tasks.encoding import TaskBatches, TaskHeldOut
 from zo2jax.tasks.prepare import InParts, Prepared, prepare
 from zo2jax.tasks.scoring import Evaluation
+from zo2jax.trained import load_model, trained_model
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def train(config: Config, console: Console | None = None) -> Result:
         NonFiniteLoss: see `zo2jax.Run`; the weights before those steps are saved.
     """
     console = console or Console()
-    model = _load(config)
+    model = load_model(config)
     data = prepare(config, model)
     plan = _plan(replace(config, probe_batch=_members_at_once(config)), model, data)
     console.print(
@@ -112,26 +110,6 @@ def train(config: Config, console: Console | None = None) -> Result:
     losses = _held_out_losses(config.directory)
     directory = Path(config.directory).expanduser()
     return Result(directory, done, losses[0], losses[-1], finished, metrics)
-
-
-def _load(config: Config) -> Model:
-    """The model of a config. Once its run has a checkpoint, the files of the weights need not be there any more."""
-    dtype = config.dtype or None
-    try:
-        model = load(config.model, dtype=dtype)
-        return model.with_format(config.make_format(model.format))
-    except FileNotFoundError:
-        folder = Path(config.directory).expanduser() / "checkpoints"
-        if not folder.is_dir():
-            raise
-        snapshots = Snapshots(folder)
-        try:
-            if (step := snapshots.last) is None:
-                raise
-            model = load(config.model, dtype=dtype or snapshots.dtype(step), weights=False)
-            return model.with_format(config.make_format(model.format))
-        finally:
-            snapshots.close()
 
 
 def _held_out_losses(directory: str) -> list[float]:
@@ -229,44 +207,6 @@ def _placed(config: Config, model: Model, data: Prepared) -> Iterator[Model]:
         stream = Stream(model.blocks, model.source, *how, plan, pages, format=model.format, fixed=True)
         stack.callback(stream.close)
         yield model.replace(stream)
-
-
-def trained_model(directory: str | Path, *, best: bool = False) -> tuple[int, Model]:
-    """(step, model) after the last step of a run's journal, or of the checkpoint with the best held-out loss.
-
-    The weights are read when they are asked for, block by block, as those of `zo2jax.load` are.
-
-    Raises:
-        FileNotFoundError: if the directory holds no run, no journal, or no such checkpoint.
-    """
-    folder = Path(directory).expanduser()
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{directory} holds no config.json: expected the directory of a run")
-    config = load_config(str(folder))
-    model = _load(config)
-    snapshots = Snapshots(folder / "checkpoints")
-    try:
-        number = snapshots.best if best else snapshots.last
-    finally:
-        snapshots.close()
-    if best and number is None:
-        raise FileNotFoundError(f"{directory} has no checkpoint with a held-out loss yet")
-    journal = None if best else read_journal(folder)
-    if number is None:
-        assert journal is not None
-        return len(journal), replay(model, journal)
-    step = number if journal is None else len(journal)
-    kept = Kept.of(model, config.make_estimator(), config.make_optimizer(), config.make_rounding())
-
-    def read(name: str) -> Params:  # the files are open no longer than that takes
-        snapshots = Snapshots(folder / "checkpoints")
-        try:
-            return Restored(model, kept, snapshots, number, journal).arrays(name, step)
-        finally:
-            snapshots.close()
-
-    readers = {name: partial(read, name) for name in kept.shapes}
-    return step, model.replace(Source(readers)).with_format(None)  # arrays, whatever the run kept
 
 
 def evaluate(target: str, overrides: Sequence[str] = (), *, best: bool = False) -> tuple[int, dict[str, float], str]:

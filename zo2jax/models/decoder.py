@@ -48,6 +48,8 @@ class Decoder(ABC):
     model_type: ClassVar[str]
     architecture: ClassVar[str]
     """How Hugging Face's class names begin."""
+    unwrapped: ClassVar[frozenset[str]] = frozenset()
+    """Matrices of modules that PEFT puts no adapter on."""
 
     @classmethod
     @abstractmethod

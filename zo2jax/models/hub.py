@@ -6,7 +6,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -363,14 +364,31 @@ def export(model: Model, folder: str | Path) -> Path:
     """
     if model.config is None:
         raise ValueError("a model of zo2jax.blocks has no Hugging Face layout: take its params, or those of run.model")
+    with appearing(folder) as complete:
+        _write(model, complete)
+    return Path(folder).expanduser()
+
+
+@contextmanager
+def appearing(folder: str | Path) -> Iterator[Path]:
+    """A folder to write to, which appears as ``folder`` when that is done: complete, or not at all.
+
+    Raises:
+        FileExistsError, PermissionError: as `export` says.
+
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     with appearing(Path(place) / "new") as complete:
+    ...         _ = (complete / "file").write_text("whole")
+    ...     (Path(place) / "new" / "file").read_text()
+    'whole'
+    """
     target = check_new(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
         complete = Path(scratch) / "complete"
         complete.mkdir()
-        _write(model, complete)
+        yield complete
         os.replace(complete, target)
-    return target
 
 
 def check_new(folder: str | Path) -> Path:

@@ -36,6 +36,7 @@ class OptConfig(Decoder):
 
     model_type: ClassVar[str] = "opt"
     architecture: ClassVar[str] = "OPT"
+    unwrapped: ClassVar[frozenset[str]] = frozenset({"embed.positions"})
 
     @classmethod
     def from_hub(cls, hub: dict[str, Any]) -> "OptConfig":

@@ -1,0 +1,91 @@
+"""Adapters that a run trained beside its matrices (`zo2jax.lora`), as the folder that PEFT loads."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from zo2jax.directions import Direction
+from zo2jax.models.blocks import Params, owned_shapes
+from zo2jax.models.decoder import Decoder
+from zo2jax.models.heads import CausalLM
+from zo2jax.models.hub import appearing
+from zo2jax.models.model import Model
+from zo2jax.pages import flat
+
+
+def export_adapter(model: Model, direction: Direction, beside: Callable[[str], Params], folder: str | Path) -> Path:
+    """Writes the adapters of a model as ``adapter_config.json`` and ``adapter_model.safetensors``; returns the folder.
+
+    ``peft.PeftModel.from_pretrained(base, folder)`` gives W + alpha / rank B A of each matrix: of a linear layer B is
+    ``lora_B`` [n_out, rank] and A ``lora_A`` [rank, n_in], of an embedding they are ``lora_embedding_A`` = B^T and
+    ``lora_embedding_B`` = A^T, all float32. A matrix that embedding and head share has its adapter in both. (LoRA, Hu
+    et al., arXiv 2106.09685.)
+
+    Args:
+        model: the one whose matrices they stand beside.
+        direction: `zo2jax.lora` of the run.
+        beside: what is beside the matrices of a block, as `zo2jax.stream.Stream.beside` gives it.
+        folder: to be made.
+
+    Raises:
+        FileExistsError: if ``folder`` exists and is not empty.
+        ValueError: for a direction without adapters, a model that has no Hugging Face names, or a matrix whose module
+            PEFT puts no adapter on.
+
+    >>> from zo2jax.directions import normal
+    >>> export_adapter(None, normal, dict, "no/such/folder")
+    Traceback (most recent call last):
+    ...
+    ValueError: the direction is normal, which trains no adapters: expected zo2jax.lora
+    """
+    if direction.adapter is None:
+        raise ValueError(f"the direction is {direction}, which trains no adapters: expected zo2jax.lora")
+    config = model.config
+    if config is None:
+        raise ValueError("a model of zo2jax.blocks has no Hugging Face names: take what is beside its matrices")
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for block in owned_shapes(model.blocks):
+        p, v = (flat(beside(block).get(part, {})) for part in "pv")
+        scale = np.float32(direction.adapter)
+        found |= {f"{block}.{leaf}": (np.asarray(p[leaf]) / scale, np.asarray(v[leaf])) for leaf in p}
+    if refused := sorted(config.unwrapped.intersection(found)):
+        raise ValueError(
+            f"PEFT puts no adapter on {', '.join(refused)} of {config.model_type}: export the model itself, or train "
+            "with targets that leave them out"
+        )
+    tensors: dict[str, np.ndarray] = {}
+    for name, (b, a) in found.items():
+        for module, looked_up in _modules_of(config, name):
+            base = f"base_model.model.{module}.lora"
+            if looked_up:
+                tensors |= {f"{base}_embedding_A": b.T, f"{base}_embedding_B": a}
+            else:
+                tensors |= {f"{base}_A.weight": a.T, f"{base}_B.weight": b}
+    modules = [module for name in found for module, _ in _modules_of(config, name)]
+    written = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if isinstance(config.head, CausalLM) else None,
+        "base_model_name_or_path": None if model.folder is None else str(model.folder),
+        "r": direction.rank,
+        "lora_alpha": direction.adapter * direction.rank,
+        "lora_dropout": 0.0,
+        "target_modules": modules,
+        "fan_in_fan_out": any(map(config.transposed, found)),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    with appearing(folder) as complete:
+        whole = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+        save_file(whole, complete / "adapter_model.safetensors", {"format": "pt"})
+        (complete / "adapter_config.json").write_text(json.dumps(written, indent=1) + "\n")
+    return Path(folder).expanduser()
+
+
+def _modules_of(config: Decoder, name: str) -> list[tuple[str, bool]]:
+    """The modules of transformers that have a matrix, and whether its rows are looked up there."""
+    module = config.hub_names()[name].removesuffix(".weight")
+    modules = [(module, name in ("embed.weight", "embed.positions"))]
+    return modules + [(config.head.hub, False)] * (name == "embed.weight" and config.shares_matrix)

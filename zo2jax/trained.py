@@ -1,0 +1,119 @@
+"""What a run in a directory trained, after its last step or by its best checkpoint, without going on with it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from zo2jax.adapters import export_adapter
+from zo2jax.checkpoint import Snapshots
+from zo2jax.config import Config, load_config
+from zo2jax.journal import Recorded
+from zo2jax.kept import Kept
+from zo2jax.models.blocks import Params, Source
+from zo2jax.models.hub import load
+from zo2jax.models.model import Model
+from zo2jax.replay import read_journal, replay
+from zo2jax.restored import Restored
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A run's directory, and the checkpoint that its weights are read from, if there is one."""
+
+    folder: Path
+    config: Config
+    model: Model
+    number: int | None
+    journal: Recorded | None
+    """None for the weights of the checkpoint itself."""
+
+    @property
+    def step(self) -> int:
+        """After which the weights are asked for."""
+        if self.journal is not None:
+            return len(self.journal)
+        assert self.number is not None
+        return self.number
+
+    @property
+    def kept(self) -> Kept:
+        """How the run keeps its model."""
+        config = self.config
+        return Kept.of(self.model, config.make_estimator(), config.make_optimizer(), config.make_rounding())
+
+    def read(self, what: Callable[[Restored, str, int], Params], name: str) -> Params:
+        """Of a block; the checkpoint's files are open no longer than that takes."""
+        assert self.number is not None
+        snapshots = Snapshots(self.folder / "checkpoints")
+        try:
+            return what(Restored(self.model, self.kept, snapshots, self.number, self.journal), name, self.step)
+        finally:
+            snapshots.close()
+
+
+def load_model(config: Config) -> Model:
+    """The model of a config. Once its run has a checkpoint, the files of the weights need not be there any more."""
+    dtype = config.dtype or None
+    try:
+        model = load(config.model, dtype=dtype)
+        return model.with_format(config.make_format(model.format))
+    except FileNotFoundError:
+        folder = Path(config.directory).expanduser() / "checkpoints"
+        if not folder.is_dir():
+            raise
+        snapshots = Snapshots(folder)
+        try:
+            if (step := snapshots.last) is None:
+                raise
+            model = load(config.model, dtype=dtype or snapshots.dtype(step), weights=False)
+            return model.with_format(config.make_format(model.format))
+        finally:
+            snapshots.close()
+
+
+def _find(directory: str | Path, best: bool) -> _Found:
+    folder = Path(directory).expanduser()
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{directory} holds no config.json: expected the directory of a run")
+    config = load_config(str(folder))
+    model = load_model(config)
+    snapshots = Snapshots(folder / "checkpoints")
+    try:
+        number = snapshots.best if best else snapshots.last
+    finally:
+        snapshots.close()
+    if best and number is None:
+        raise FileNotFoundError(f"{directory} has no checkpoint with a held-out loss yet")
+    return _Found(folder, config, model, number, None if best else read_journal(folder))
+
+
+def trained_model(directory: str | Path, *, best: bool = False) -> tuple[int, Model]:
+    """(step, model) after the last step of a run's journal, or of the checkpoint with the best held-out loss.
+
+    The weights are read when they are asked for, block by block, as those of `zo2jax.load` are.
+
+    Raises:
+        FileNotFoundError: if the directory holds no run, no journal, or no such checkpoint.
+    """
+    found = _find(directory, best)
+    if found.number is None:
+        assert found.journal is not None
+        return found.step, replay(found.model, found.journal)
+    readers = {name: partial(found.read, Restored.arrays, name) for name in found.kept.shapes}
+    return found.step, found.model.replace(Source(readers)).with_format(None)  # arrays, whatever the run kept
+
+
+def export_trained_adapter(directory: str | Path, folder: str | Path, *, best: bool = False) -> Path:
+    """Writes the adapters that a run with `zo2jax.lora` trained; see `zo2jax.adapters.export_adapter`.
+
+    Raises:
+        FileNotFoundError: if the directory holds no run, or no such checkpoint.
+        FileExistsError, ValueError: as `export_adapter` does.
+    """
+    found = _find(directory, best)
+    if found.number is None:
+        raise FileNotFoundError(f"{directory} has no checkpoint yet, from which adapters are read")
+    return export_adapter(
+        found.model, found.config.make_estimator().direction, partial(found.read, Restored.beside), folder
+    )
