@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 EXTRAS ?= dev
 REQUIREMENTS ?=
-PYTEST ?= -n 2
+PYTEST ?= -n 2 --dist worksteal
 
 comma := ,
 bin := $(VENV)/bin

@@ -12,6 +12,7 @@ them to a relative 1.6e-7 rounds to the same grid point. tests/test_bits.py goes
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,6 +22,8 @@ from jax import lax
 
 WordMap = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 Noise = Callable[[], jax.Array]
+Words = jax.Array | tuple[jax.Array, jax.Array]
+"""The two words of each call: uint32 [2, R, groups] on CPUs, else two [R, groups]."""
 
 GROUP = 4
 """Columns that share one threefry call."""
@@ -197,9 +200,8 @@ def rounding_pair(word: jax.Array) -> tuple[jax.Array, jax.Array]:
     return uniform16_pair(word ^ (word >> _u32(16)))
 
 
-def words(
-    key: jax.Array, rows: jax.Array, columns: int, first_group: jax.Array | int = 0
-) -> tuple[jax.Array, jax.Array]:
+@partial(jax.jit, static_argnames="columns")  # a program with many draws traces and lowers few
+def words(key: jax.Array, rows: jax.Array, columns: int, first_group: jax.Array | int = 0) -> Words:
     """The threefry words of the rows ``rows`` (uint32 [R]) of an array with ``columns`` columns: two [R, groups].
 
     ``key`` is uint32 [2]. Group c of row r has the counter (r, c), from ``first_group`` on.
@@ -207,25 +209,38 @@ def words(
     >>> words(jnp.zeros(2, jnp.uint32), jnp.arange(2, dtype=jnp.uint32), 5)[0].shape
     (2, 2)
     """
-    shape = (rows.shape[0], -(-columns // GROUP))
-    group = lax.broadcasted_iota(jnp.uint32, shape, 1) + jnp.asarray(first_group, jnp.uint32)
+    shape = (2,) * _words_in_one() + (rows.shape[0], -(-columns // GROUP))
+    group = lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1) + jnp.asarray(first_group, jnp.uint32)
     pair = threefry2x32(key[0], key[1], jnp.broadcast_to(rows[:, None], shape), group)
-    return lax.optimization_barrier(pair)  # computed once, not once for each of the four lanes that read them
+    first = lax.broadcasted_iota(jnp.uint32, shape, 0) == _u32(0)
+    # Behind the barrier they are computed once, not once for each of the four lanes that read them.
+    return lax.optimization_barrier(jnp.where(first, *pair) if _words_in_one() else pair)
 
 
-def spread(pair: WordMap, words: tuple[jax.Array, jax.Array], columns: int) -> jax.Array:
+def _words_in_one() -> bool:
+    """Whether both words of a call are one array.
+
+    XLA makes a loop of each result on a CPU, and so would compute, and compile, the rounds once for each word, and
+    what is made of words, twice.
+    """
+    return jax.default_backend() == "cpu"
+
+
+@partial(jax.jit, static_argnames=("pair", "columns"))
+def spread(pair: WordMap, words: Words, columns: int) -> jax.Array:
     """The four values of each group, side by side: two [R, groups] of words -> [R, columns].
 
-    >>> spread(rademacher_pair, (jnp.zeros((1, 1), jnp.uint32), jnp.full((1, 1), 1 << 31, jnp.uint32)), 3).tolist()
+    >>> spread(rademacher_pair, jnp.array([[[0]], [[1 << 31]]], jnp.uint32), 3).tolist()
     [[1.0, 1.0, -1.0]]
     """
-    if jax.default_backend() == "cpu":  # in the loop over lanes, the map would be made for each, and not by vectors
-        values = jnp.stack(lax.optimization_barrier((*pair(words[0]), *pair(words[1]))), axis=2)
+    rows, groups = words[0].shape
+    if _words_in_one():  # in the loop over lanes, the map would be made for each, and not by vectors
+        first, second = lax.optimization_barrier(pair(jnp.asarray(words)))
+        values = jnp.stack([first[0], second[0], first[1], second[1]], axis=2)
     else:
-        lane = lax.broadcasted_iota(jnp.uint32, (*words[0].shape, GROUP), 2)
+        lane = lax.broadcasted_iota(jnp.uint32, (rows, groups, GROUP), 2)
         first, second = pair(jnp.where(lane < _u32(2), words[0][:, :, None], words[1][:, :, None]))
         values = jnp.where(lane % _u32(2) == _u32(0), first, second)
-    rows, groups = words[0].shape
     return values.reshape(rows, groups * GROUP)[:, :columns]
 
 

@@ -173,10 +173,10 @@ def perturb(
 
     columns = where.lead + where.columns
 
-    def words(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def words(key: jax.Array) -> bits.Words:
         return bits.words(key, rows, columns, origin[1])
 
-    def values(of: bits.WordMap, words: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def values(of: bits.WordMap, words: bits.Words) -> jax.Array:
         return bits.spread(of, words, columns)[:, where.lead :].reshape(w.shape)
 
     wide = w.astype(jnp.float32)

@@ -13,16 +13,16 @@ import nbclient
 import nbformat
 import numpy as np
 import pytest
-from families import optimization
 
 import zo2jax as zo
 from zo2jax.tasks.stdlib import docstrings
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 FALLS = {"own_jit.py": 5, "linen_scan.py": 50, "nnx_donate.py": 20, "own_task.py": 2, "stream_any_model.py": 2.5}
 """Scripts that train something, and the factor by which the loss falls at least."""
-FEWER = {"own_task.py": {"steps": 40, "count": 80}}
+FEWER = {"own_task.py": {"steps": 40, "count": 60}}
 """What is asked of the tests, where a script does more."""
 
 
@@ -83,7 +83,7 @@ def test_books_to_shakespeare(tmp_path, capsys):
     }
     only = (example.DENSE, "low-rank, int8")
     setting = example.Setting(tmp_path / "books", tmp_path / "plays.txt", tmp_path / "out", only=only, **shape, **few)
-    with jax.numpy_dtype_promotion("standard"), optimization(False):  # optax relies on promotion
+    with jax.numpy_dtype_promotion("standard"):  # optax relies on it
         results = example.main(setting)
     curves = {name: [point.step for point in curve] for name, curve in results.curves.items()}
     assert curves == {example.DENSE: [0, 26, 52], only[1]: [0, 26, 52], example.ADAMW: [0, 2, 4, 6, 8, 10]}

@@ -84,7 +84,7 @@ def same(a, b):
     [
         ("llama", True, "bfloat16", "mixed", zo.residual),
         ("opt", False, "float32", "disk", zo.stochastic),
-        ("qwen3", True, "bfloat16", "host deep", zo.stochastic),
+        pytest.param("qwen3", True, "bfloat16", "host deep", zo.stochastic, marks=pytest.mark.slow),
     ],
 )
 def test_tiers_change_no_bit(family, tied, dtype, plan, rounding, tmp_path):

@@ -328,7 +328,10 @@ def test_init(case, head):
             assert abs(leaf.astype(np.float32).std() - 0.02) < (0.01 if leaf.size < 200 else 0.003), name
 
 
-@pytest.mark.parametrize("case, changes", [("qwen3", {}), ("opt 350m", {"biases": False}), ("gpt2", {})])
+@pytest.mark.parametrize(
+    "case, changes",
+    [("opt 350m", {"biases": False}), *(pytest.param(x, {}, marks=pytest.mark.slow) for x in ("qwen3", "gpt2"))],
+)
 def test_run_is_the_step_of_mezo(case, changes, tmp_path):
     """The same directions, up to rounding the same losses, and so the same movement; Llama: see test_run.py."""
     model, estimator = make_model(case, layers=1, **changes), zo.two_point(1e-2, direction=zo.rademacher)

@@ -100,8 +100,17 @@ def same_coefficients(dtype):
 
 
 @pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("direction", [zo.normal, zo.rademacher, zo.lowrank(3, refresh=2)])
+@pytest.mark.parametrize(
+    ("direction", "dtype"),
+    [
+        (zo.normal, jnp.float32),
+        (zo.rademacher, jnp.bfloat16),
+        (zo.lowrank(3, refresh=2), jnp.bfloat16),
+        pytest.param(zo.normal, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param(zo.rademacher, jnp.float32, marks=pytest.mark.slow),
+        pytest.param(zo.lowrank(3, refresh=2), jnp.float32, marks=pytest.mark.slow),
+    ],
+)
 def test_user_jit_scan_eager_and_donation_agree_in_every_bit(dtype, direction):
     params, batch = problem(dtype)
     algorithm = zo.mezo(loss_fn, zo.averaged(zo.two_point(1e-3, direction=direction), 2), zo.sgd(1e-2, 0.1))
@@ -251,7 +260,7 @@ def kinds_last():
     return same.sharding.memory_kind == "pinned_host"
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16])
 def test_parameters_in_host_memory(dtype, kinds_last):
     """The same bits after five steps, and the new parameters are where the old ones were; those that were not, too."""
     params, batch = problem(dtype)

@@ -1,5 +1,6 @@
 """Estimators of several probes: what they estimate, in which parts, and one step of several batches."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from zo2jax.metrics import read_metrics
 from zo2jax.replay import read_journal
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
+SLOW = pytest.mark.slow
 
 ESTIMATORS = {
     "averaged": lambda direction, eps=1e-3: zo.averaged(zo.two_point(eps, direction=direction), 3),
@@ -187,8 +189,14 @@ def assert_same(a, b):
     assert all(x.tobytes() == y.tobytes() for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
 
 
-@pytest.mark.parametrize("direction", [zo.normal, zo.rademacher, zo.lowrank(2, refresh=3)], ids=str)
-@pytest.mark.parametrize("name", ESTIMATORS)
+BATTERY = [("averaged", zo.lowrank(2, refresh=3)), ("one_sided", zo.normal), ("leave_one_out", zo.rademacher)]
+OTHERS = [
+    pair for pair in itertools.product(ESTIMATORS, (zo.normal, zo.rademacher, BATTERY[0][1])) if pair not in BATTERY
+]
+BATTERY += [pytest.param(*pair, marks=SLOW) for pair in OTHERS]
+
+
+@pytest.mark.parametrize(("name", "direction"), BATTERY, ids=str)
 def test_tiers_and_replay_give_the_same_bits(name, direction, tmp_path):
     estimator, data = ESTIMATORS[name](direction), batches(5)
     model, weights, infos = trained(tmp_path / "device", estimator, data)
@@ -222,7 +230,8 @@ def test_chunks_are_the_population():
         zo.Plan(probe_batch=0)
 
 
-CHUNKED = [zo.normal, zo.lowrank(2, refresh=2), zo.dense("normal", refresh=2), zo.lora(2)]
+CHUNKED = [zo.normal, zo.lowrank(2, refresh=2)]
+CHUNKED += [pytest.param(other, marks=SLOW) for other in (zo.dense("normal", refresh=2), zo.lora(2))]
 
 
 @pytest.mark.parametrize("direction", CHUNKED, ids=str)
@@ -267,7 +276,7 @@ def test_a_run_keeps_to_its_parts_and_its_schedule(tmp_path):
     assert "2 members at once" in str(found[0]) and "at once" not in str(found[1])
 
 
-@pytest.mark.parametrize("direction", [zo.normal, pytest.param(zo.lowrank(2, refresh=2), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("direction", [zo.normal, pytest.param(zo.lowrank(2, refresh=2), marks=SLOW)])
 def test_half_the_memory_takes_smaller_parts(direction, tmp_path):
     model = small()
     estimator, data = zo.averaged(zo.two_point(1e-2, direction=direction), 8), batches(2, rows=32)
@@ -283,7 +292,7 @@ def test_half_the_memory_takes_smaller_parts(direction, tmp_path):
     assert more.operations == 4 * made.budget.operations
 
 
-@pytest.mark.parametrize("case", ["normal", "lowrank", pytest.param("llama", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", ["normal", "lowrank", pytest.param("llama", marks=SLOW)])
 def test_batches_of_one_step_are_one_batch(case, tmp_path):
     """Four batches with unequal numbers of targets, against all their rows at once."""
     direction = zo.lowrank(2, refresh=2) if case == "lowrank" else zo.normal

@@ -101,7 +101,7 @@ def test_tiers_change_no_bit(family, tied, dtype, direction, copies, tier, tmp_p
     assert min(moved) > 0.5
 
 
-@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("opt", False)])
+@pytest.mark.parametrize(("family", "tied"), [("llama", True), pytest.param("opt", False, marks=pytest.mark.slow)])
 def test_losses_are_those_of_the_plain_step(family, tied, tmp_path):
     """Float32, over all steps, each with its own rounding of activations: to 1e-6."""
     model = FAMILIES[family](tied).init(jax.random.key(1))
