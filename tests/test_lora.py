@@ -49,7 +49,7 @@ class Explicit:
         for block, leaves in model.params.items():
             for leaf, w in flat(leaves).items():
                 name = f"{block}.{leaf}"
-                if w.ndim > 1 and DIRECTION.adapts(name):
+                if w.ndim > 1 and DIRECTION.trains(name):
                     start = self.noise(basis, name, w.shape[1]) / np.sqrt(3 * w.shape[1])
                     start = np.asarray(jax.lax.reduce_precision(start.astype(np.float32), 8, 7), np.float64)
                     self.adapters[name] = np.zeros((w.shape[0], RANK)), start
@@ -140,7 +140,10 @@ def test_a_run_goes_on_with_the_same_bits_and_the_base_stays(tmp_path):
             lambda model, path: perturb({}, jax.random.key(0), jnp.ones(1), jnp.ones(0), direction=lora(2)),
             "are for zo2jax",
         ),
-        (lambda model, path: run(model, path, lora(2, targets=("*.w",))), r"targets \['\*\.w'\] name no matrix"),
+        (
+            lambda model, path: run(model, path, lora(2, targets=("*.w",))),
+            r"targets \['\*\.w'\] name no leaf that lora",
+        ),
         (lambda model, path: lora(2, 0), "alpha is 0, expected a positive number"),
         (lambda model, path: lora(0), "rank is 0, expected 1 to 64"),
     ],

@@ -54,7 +54,7 @@ class Accumulated(Masters):
         """By block, those of its matrices."""
 
     def _start(self, name: str, leaf: str, place: Place, momentum: bool) -> Sum | None:
-        if not self._direction.adapts(f"{name}.{leaf}"):
+        if not self._direction.trains(f"{name}.{leaf}"):
             return None
         p = jnp.zeros((matrix_shape(place.shape)[0], self._direction.rank))
         if self._direction.adapter is not None:
@@ -68,12 +68,15 @@ class Accumulated(Masters):
         self._basis = Basis(basis, gone)
         for name, layout in self._layouts.items():
             kept: list[Sum | None] = []
-            for (leaf, place), own, p in zip(layout.matrices, self.sums[name], zeros[name], strict=True):
-                assert own is not None, "there are no folds with adapters"
+            empty = iter(zeros[name])
+            for (leaf, place), own in zip(layout.matrices, self.sums[name], strict=True):
+                if own is None:
+                    kept.append(None)
+                    continue
                 n = own.n
                 if n is not None:
                     n = projected(n, *(self._v(x, name, leaf, place) for x in (old, self._basis)))
-                kept.append(Sum(p, n))
+                kept.append(Sum(next(empty), n))
             self.sums[name] = tuple(kept)
 
     def _v(self, basis: Basis, name: str, leaf: str, place: Place) -> jax.Array:
@@ -86,7 +89,8 @@ class Accumulated(Masters):
             p = {leaf: np.concatenate([p[leaf], v[leaf]]) for leaf in p}
         sums = [Sum(p[leaf], n.get(leaf)) if leaf in p else None for leaf, _ in self._layouts[name].matrices]
         self.sums[name] = tuple(jax.tree.map(jnp.asarray, sums))
-        self._basis = self._basis._replace(gone=jnp.asarray(kept["gone"]))
+        if "gone" in kept:
+            self._basis = self._basis._replace(gone=jnp.asarray(kept["gone"]))
 
     def beside(self, name: str, tied: Sequence[tuple[str, Place]]) -> Beside:
         """What a visit is given beside a block's pages; ``tied`` are the matrices that it shares, with their blocks."""
@@ -102,19 +106,20 @@ class Accumulated(Masters):
         """Keeps what a visit gave of a block's matrices."""
         self.sums[name] = changed
 
-    def addends(self, name: str, ids: jax.Array) -> list[Addend]:
-        """What a fold takes into each matrix of a block."""
+    def addends(self, name: str, ids: jax.Array) -> list[Addend | None]:
+        """What a fold takes into each matrix of a block; None for one that is not trained."""
         shapes = tuple(place.shape for _, place in self._layouts[name].matrices)
         rests = _rest_of(self._basis, ids, shapes, self._direction)
-        return [Addend(own.p, *rest) for own, rest in zip(self.sums[name], rests, strict=True) if own is not None]
+        both = zip(self.sums[name], rests, strict=True)
+        return [None if own is None else Addend(own.p, *rest) for own, rest in both]
 
     def saved(self, name: str) -> Params:
-        """A copy of what is beside a block's matrices, or {} without any.
+        """A copy of what is beside a block's matrices, or {} if none of them is trained.
 
         {"p": .., "v": .., "gone": float32 []}; with momentum "n", and with `residual` rounding "low".
         """
         matrices = self._layouts[name].matrices
-        if not matrices:
+        if not any(self.sums[name]):
             return {}
         found: Params = {"gone": jnp.array(self._basis.gone)}
         for (leaf, place), own in zip(matrices, self.sums[name], strict=True):

@@ -102,7 +102,8 @@ class Config:
     alpha: float = 0.0
     """Adapters are multiplied by alpha / rank; 0: the rank."""
     targets: str = ""
-    """Patterns of the matrices that have an adapter, separated by commas, such as ``*.attn.[qv].*``; empty for all."""
+    """Patterns of the leaves that are trained, or have an adapter, separated by commas, such as ``head.*`` or
+    ``*.attn.[qv].*``; empty for all."""
     directions: int = 1
     """Directions a step."""
     estimator: Literal["two_point", "one_sided", "leave_one_out"] = "two_point"
@@ -205,12 +206,12 @@ class Config:
             ConfigError: for a rank, refresh or alpha out of range.
         """
         try:
+            targets = [target.strip() for target in self.targets.split(",") if target.strip()]
             if self.direction == "lora":
-                targets = [target.strip() for target in self.targets.split(",") if target.strip()]
                 return lora(self.rank, self.alpha or None, targets=targets)
             if self.direction == "lowrank":
-                return lowrank(self.rank, refresh=self.refresh or None)
-            return dense(self.direction, refresh=(self.refresh or None) if self.format else None)
+                return lowrank(self.rank, refresh=self.refresh or None, targets=targets)
+            return dense(self.direction, refresh=(self.refresh or None) if self.format else None, targets=targets)
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
@@ -303,7 +304,8 @@ class Config:
         neutral += tuple(name for name in later if getattr(self, name) == getattr(Config, name))
         neutral += () if self.direction in _LOW_RANK else ("rank",)
         neutral += () if self.direction == "lowrank" or (self.format and self.direction != "lora") else ("refresh",)
-        neutral += () if self.direction == "lora" else ("alpha", "targets")
+        neutral += () if self.direction == "lora" else ("alpha",)
+        neutral += () if self.direction == "lora" or self.targets else ("targets",)
         for name in (*neutral, "tier", "device_memory", "probe_batch", "prefetch"):
             del values[name]
         values |= {name: _absolute(values[name]) for name in ("model", "task", "validation")}

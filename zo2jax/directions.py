@@ -8,7 +8,7 @@ the leaf key (see `pallas_kernels.bits`). A leaf of shape [..., n] is a matrix o
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from typing import Any
@@ -40,7 +40,7 @@ class Direction:
     adapter: float | None = None
     """Of `lora`: what B A is multiplied by. None: matrices themselves are trained."""
     targets: tuple[str, ...] = ()
-    """Of `lora`: patterns of the matrices that have an adapter; () for all."""
+    """Patterns of the leaves that are trained; z of the others is 0. () for all, of `lora` for all matrices."""
 
     @property
     def read_only(self) -> bool:
@@ -51,13 +51,20 @@ class Direction:
         """
         return self.rank > 0 or self.refresh is not None
 
-    def adapts(self, name: str) -> bool:
-        """Whether the matrix of this dotted name has factors of its own, for a direction with a rank.
+    def trains(self, name: str, ndim: int = 2) -> bool:
+        """Whether a leaf of this dotted name and so many dimensions is trained, or of `lora` the adapter beside it.
 
-        >>> lora(4, targets=("*.attn.q.*",)).adapts("layers.0.attn.k.weight"), lowrank(4).adapts("w")
+        >>> lora(4, targets=("*.attn.q.*",)).trains("layers.0.attn.k.weight"), lowrank(4).trains("w")
         (False, True)
         """
-        return not self.targets or any(fnmatchcase(name, pattern) for pattern in self.targets)
+        if self.adapter is not None and ndim < 2:
+            return False
+        return not self.targets or any(fnmatchcase(_plain(name), pattern) for pattern in self.targets)
+
+    @property
+    def everywhere(self) -> "Direction":
+        """The same for all leaves, for programs that know which are trained."""
+        return replace(self, targets=())
 
     def as_json(self) -> dict[str, Any]:
         """What `from_json` reads.
@@ -80,23 +87,36 @@ rademacher = Direction("rademacher", bits.rademacher_pair)
 """z uniform on {-1, +1}^d, the perturbation of SPSA (Spall, 1992)."""
 
 
-def dense(name: str = "normal", refresh: int | None = None) -> Direction:
+def dense(name: str = "normal", refresh: int | None = None, *, targets: Sequence[str] = ()) -> Direction:
     """`normal` or `rademacher`; with a ``refresh``, `zo2jax.Run` moves matrices only every so many steps, by a fold.
 
     In between they are only read, and may be codes (`zo2jax.int8`): every step adds the terms of all updates since the
     last fold, each of which takes a pass of the generator. 4 to 16 steps are usual.
 
-    Raises:
-        ValueError: for another name, or a refresh below 1.
+    With ``targets`` only the leaves train whose dotted names match one of these patterns (`fnmatch`), matrices or not:
+    ``("head.*",)`` a head (its norm alone where its matrix is the embedding's), ``("*.bias",)`` biases (BitFit, Zaken
+    et al., arXiv 2106.10199), ``("layers.2[0-3].*", "head.*")`` the last layers. The blocks before the first of them
+    are the same for all members of a population, and `zo2jax.Run` takes a batch through them once. Without a refresh
+    only.
 
-    >>> dense("rademacher", refresh=8), dense("normal") == normal
-    (dense('rademacher', refresh=8), True)
+    Raises:
+        ValueError: for another name, a refresh below 1, or one with targets.
+
+    >>> dense("rademacher", refresh=8), dense("normal") == normal, dense(targets=("head.*",))
+    (dense('rademacher', refresh=8), True, dense('normal', targets=('head.*',)))
     """
     known = {direction.name: direction for direction in (normal, rademacher)}
     if name not in known:
         raise ValueError(f"direction {name!r}: expected {' or '.join(map(repr, known))}")
+    targets = _patterns(targets)
     if refresh is None:
-        return known[name]
+        named = f"dense({name!r}, targets={targets})"
+        return replace(known[name], name=named, targets=targets) if targets else known[name]
+    if targets:
+        raise ValueError(
+            f"refresh is {refresh}, with targets {targets}: dense directions have targets without a refresh, expected "
+            "zo2jax.lowrank (direction=lowrank) for both"
+        )
     if refresh < 1:
         raise ValueError(f"refresh is {refresh}, expected at least 1 step (4 to 16 are usual)")
     return Direction(f"dense({name!r}, refresh={refresh})", known[name].pair, refresh=refresh)
@@ -105,13 +125,14 @@ def dense(name: str = "normal", refresh: int | None = None) -> Direction:
 _MAX_RANK = 64
 
 
-def lowrank(rank: int = 2, refresh: int | None = 50) -> Direction:
+def lowrank(rank: int = 2, refresh: int | None = 50, *, targets: Sequence[str] = ()) -> Direction:
     """Z = U V^T for a matrix [n_out, n_in]: U [n_out, rank] new each step, V [n_in, rank] each ``refresh`` steps.
 
     Without a refresh (None) V stays as it is: what is trained then is an adapter of this rank. All directions of a step
     share V. V ~ N(0, 1) and U ~ N(0, 1 / rank), so that the entries of Z have variance 1 and the estimate of a gradient
     has no bias (LOZO, arXiv 2410.07698, algorithm 1, has the factor 1 / rank elsewhere).
     Arrays of more than two dimensions are matrices of prod(shape[:-1]) rows; those of fewer take a dense normal z.
+    ``targets``: patterns of the leaves that train, as of `dense`.
 
     Raises:
         ValueError: for a rank that is not 1 to 64, or a refresh below 1.
@@ -122,7 +143,9 @@ def lowrank(rank: int = 2, refresh: int | None = 50) -> Direction:
     _check_rank(rank)
     if refresh is not None and refresh < 1:
         raise ValueError(f"refresh is {refresh}, expected at least 1 step (50 to 100 are usual)")
-    return Direction(f"lowrank({rank}, refresh={refresh})", bits.normal_pair, rank, refresh)
+    targets = _patterns(targets)
+    name = f"lowrank({rank}, refresh={refresh}" + (f", targets={targets})" if targets else ")")
+    return Direction(name, bits.normal_pair, rank, refresh, targets=targets)
 
 
 def lora(rank: int = 8, alpha: float | None = None, *, targets: Sequence[str] = ()) -> Direction:
@@ -149,8 +172,15 @@ def lora(rank: int = 8, alpha: float | None = None, *, targets: Sequence[str] = 
     alpha = rank if alpha is None else alpha
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha is {alpha}, expected a positive number (one or two times the rank is usual)")
-    more = f", targets={tuple(targets)}" if targets else ""
-    return Direction(f"lora({rank}, alpha={alpha:g}{more})", bits.normal_pair, rank, None, alpha / rank, tuple(targets))
+    targets = _patterns(targets)
+    more = f", targets={targets}" if targets else ""
+    return Direction(f"lora({rank}, alpha={alpha:g}{more})", bits.normal_pair, rank, None, alpha / rank, targets)
+
+
+def _patterns(targets: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(targets, str):
+        raise ValueError(f"targets is the string {targets!r}, expected a tuple of patterns: ({targets!r},)")
+    return tuple(targets)
 
 
 def from_json(values: Mapping[str, Any]) -> Direction:
@@ -164,7 +194,8 @@ def from_json(values: Mapping[str, Any]) -> Direction:
     """
     if values["alpha"] is not None:
         return lora(values["rank"], values["alpha"], targets=values["targets"])
-    return lowrank(values["rank"], values["refresh"]) if values["rank"] else dense(values["z"], values["refresh"])
+    how = {"refresh": values["refresh"], "targets": values["targets"]}
+    return lowrank(values["rank"], **how) if values["rank"] else dense(values["z"], **how)
 
 
 def check_of_weights(direction: Direction) -> Direction:
@@ -222,23 +253,62 @@ def is_trained(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
+def trained_leaves(params: PyTree, direction: Direction) -> list[bool]:
+    """Of each leaf, in pytree order, whether a direction moves it.
+
+    >>> params = {"bias": np.zeros(3, np.float32), "count": np.int32(1), "w": np.zeros((3, 3), np.float32)}
+    >>> trained_leaves(params, normal), trained_leaves(params, dense(targets=("b*",)))
+    ([True, False, True], [True, False, False])
+    """
+    if not direction.targets and direction.adapter is None:
+        return [is_trained(leaf) for leaf in jax.tree.leaves(params)]
+    found = jax.tree_util.tree_leaves_with_path(params)
+    return [is_trained(leaf) and direction.trains(leaf_name(path), leaf.ndim) for path, leaf in found]
+
+
+def check_targets(params: PyTree, direction: Direction) -> None:
+    """Raises unless each of a direction's targets names a leaf that it can train.
+
+    Raises:
+        ValueError: naming those that do not.
+
+    >>> check_targets({"w": np.zeros((3, 3), np.float32)}, dense(targets=("v",)))
+    Traceback (most recent call last):
+    ...
+    ValueError: targets ['v'] name no leaf that dense('normal', targets=('v',)) trains, such as w
+    """
+    every, found = direction.everywhere, jax.tree_util.tree_leaves_with_path(params)
+    names = [
+        leaf_name(path) for (path, _), trained in zip(found, trained_leaves(params, every), strict=True) if trained
+    ]
+    if unknown := [target for target in direction.targets if not any(fnmatchcase(name, target) for name in names)]:
+        raise ValueError(f"targets {unknown} name no leaf that {direction} trains, such as {', '.join(names[:9])}")
+
+
 def leaf_name(path: tuple[Any, ...]) -> str:
     """The dotted name of a leaf from its pytree path; the ``.value`` of a Flax variable is not part of it.
 
     >>> jax.tree_util.tree_map_with_path(lambda p, _: leaf_name(p), {"layers": [{"q": 0}]})
     {'layers': [{'q': 'layers.0.q'}]}
     """
-    parts = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
-    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] in ("value", "raw_value") else parts)
+    return _plain(jax.tree_util.keystr(path, simple=True, separator="."))
+
+
+def _plain(name: str) -> str:
+    """A name without the ``.value`` of a Flax variable."""
+    owner, _, last = name.rpartition(".")
+    return owner if owner and last in ("value", "raw_value") else name
 
 
 def leaf_id(name: str) -> int:
     """The uint32 address of a leaf: the first four bytes (big-endian) of SHA-256 of its name in UTF-8.
 
+    The ``.value`` of a Flax variable is no part of the name.
+
     >>> hex(leaf_id("layers.3.attn.q.weight"))
     '0xd9e43a50'
     """
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+    return int.from_bytes(hashlib.sha256(_plain(name).encode()).digest()[:4], "big")
 
 
 def leaf_ids(params: PyTree) -> np.ndarray:

@@ -243,7 +243,8 @@ class Factors:
         matrix, own = place.of(self._pages), self.sums[index]
         dtype, (rows, columns) = place.dtype or matrix.dtype, matrix_shape(place.shape)
         if own is None:
-            return Factored(matrix, dtype, self._scale, jnp.zeros((rows, 0)), jnp.zeros((columns, 0)), place.compute)
+            nothing = jnp.float32(1), jnp.zeros((rows, 0)), jnp.zeros((columns, 0))
+            return Factored(matrix, dtype, *nothing, place.compute)
         f = own.p
         if member is not None:
             assert self._probes is not None

@@ -68,7 +68,7 @@ def fold(
     kept: Layout,
     pages: Edit,
     masters: Edit,
-    addends: Sequence[Addend | Terms],
+    addends: Sequence[Addend | Terms | None],
     direction: Direction,
     rounding: Rounding,
 ) -> None:
@@ -81,7 +81,7 @@ def fold(
         kept: of its masters and residuals, `zo2jax.pages.Layout.masters`.
         pages: of the block.
         masters: its masters' pages.
-        addends: one for each matrix.
+        addends: one for each matrix; None for one that stays as it is.
         direction: of what they are made of.
         rounding: of 16-bit matrices.
 
@@ -98,6 +98,7 @@ def fold(
     pieces = [
         _Piece(place, held.get(name), addend, start, rows)
         for (name, place), addend in zip(layout.matrices, addends, strict=True)
+        if addend is not None
         for start, rows in pieces_of(*matrix_shape(place.shape))
     ]
 

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import jax
 import jax.numpy as jnp
 
-from zo2jax.directions import Direction, is_trained, matrix_shape
+from zo2jax.directions import Direction, check_targets, matrix_shape, trained_leaves
 from zo2jax.estimators import Estimator
 from zo2jax.formats import coded_shapes
+from zo2jax.masters import masters_of
 from zo2jax.models.blocks import Params, owned_shapes, set_leaf
 from zo2jax.models.model import Model
 from zo2jax.optimizers import Optimizer
@@ -65,15 +65,13 @@ class Kept:
                 f"the optimizer is {optimizer.name}: momentum is in factors, expected zo2jax.lowrank with it"
             )
         layouts = layouts_of(model.blocks, format)
-        names = [f"{name}.{leaf}" for name, layout in layouts.items() for leaf, _ in layout.matrices]
-        if unknown := [target for target in direction.targets if not any(fnmatchcase(x, target) for x in names)]:
-            raise ValueError(f"targets {unknown} name no matrix, of which there are {', '.join(names[:9])}, ..")
+        check_targets(owned_shapes(model.blocks), direction)
         of_run = direction, estimator.directions, rounding, optimizer.momentum > 0
         return cls(owned_shapes(model.blocks), layouts, *of_run)
 
     def moves(self, block: str) -> bool:
         """Whether anything of a block is trained."""
-        return any(is_trained(leaf) for leaf in jax.tree.leaves(self.shapes[block]))
+        return any(trained_leaves({block: self.shapes[block]}, self.direction))
 
     def stored(self, block: str) -> Params:
         """What `zo2jax.stream.Stream.stored` gives of a block, as ``jax.ShapeDtypeStruct``."""
@@ -83,7 +81,8 @@ class Kept:
                 continue
             master = jax.ShapeDtypeStruct(place.shape, jnp.float32)
             both = coded_shapes(place.shape, place.bits, place.group)
-            set_leaf(out, name, both if self.direction.refresh is None else master)
+            folds = self.direction.refresh is not None and self.direction.trains(f"{block}.{name}")
+            set_leaf(out, name, master if folds else both)
         return out
 
     def beside(self, block: str) -> Params:
@@ -95,14 +94,17 @@ class Kept:
         if not direction.rank:
             found = shapes_pending((direction.refresh or 1) * self.directions)
         for name, place in layout.matrices if direction.rank else ():
-            if not direction.adapts(f"{block}.{name}"):
+            if not direction.trains(f"{block}.{name}"):
                 continue
             rows, columns = matrix_shape(place.shape)
             moving = rows if direction.adapter is None else rows + columns
             for part, n in {"p": rows, "v": columns, **({"n": moving} if self.momentum else {})}.items():
                 like = jax.ShapeDtypeStruct((n, direction.rank), jnp.float32)
                 set_leaf(found.setdefault(part, {}), name, like)
-        masters = layout.masters(self.rounding == residual).matrices if direction.refresh is not None else ()
+        if direction.rank and "p" not in found:
+            return {}
+        folds = direction.refresh is not None
+        masters = masters_of(block, layout, direction, self.rounding).matrices if folds else ()
         for name, place in masters:
             if dict(layout.matrices)[name].scale is None:
                 set_leaf(found.setdefault("low", {}), name, jax.ShapeDtypeStruct(place.shape, jnp.int16))

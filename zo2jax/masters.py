@@ -17,6 +17,19 @@ from zo2jax.pending import Terms
 from zo2jax.stores import Edit, Store
 from zo2jax.updates import Rounding, residual
 
+_NOTHING = Layout((), (), ())
+
+
+def masters_of(block: str, layout: Layout, direction: Direction, rounding: Rounding) -> Layout:
+    """That of the masters and residuals of a block's matrices that are trained.
+
+    >>> from zo2jax.directions import lowrank
+    >>> layout = Layout.of({"v": jnp.ones((3, 4), jnp.bfloat16), "w": jnp.ones((3, 4), jnp.bfloat16)})
+    >>> [name for name, _ in masters_of("head", layout, lowrank(2, targets=("head.w",)), residual).matrices]
+    ['w']
+    """
+    return layout.masters(rounding == residual, lambda leaf: direction.trains(f"{block}.{leaf}"))
+
 
 class Masters:
     """Masters and residuals of all blocks of a stream.
@@ -36,7 +49,7 @@ class Masters:
         """Keeps nothing yet."""
         self._layouts, self._direction, self._rounding = layouts, direction, rounding
         folds = direction.refresh is not None
-        self.masters = {n: x.masters(rounding == residual) if folds else Layout((), (), ()) for n, x in layouts.items()}
+        self.masters = {n: masters_of(n, x, direction, rounding) if folds else _NOTHING for n, x in layouts.items()}
         """How that lies which only folds touch, by block."""
         self._stores: dict[str, Store] = {}
 
@@ -62,7 +75,7 @@ class Masters:
     def go_on(self, name: str, kept: Params) -> None:
         """Goes on with what `saved` gave of a block, but for residuals."""
 
-    def addends(self, name: str, ids: jax.Array) -> Sequence[Addend | Terms]:
+    def addends(self, name: str, ids: jax.Array) -> Sequence[Addend | Terms | None]:
         """What a fold takes into each matrix of a block; ``ids`` uint32 [matrices] are the leaf ids."""
         raise NotImplementedError
 
@@ -72,6 +85,8 @@ class Masters:
         ``ids`` uint32 [matrices] are the leaf ids. What is beside them stays as it is until a new period begins.
         """
         addends, kept = self.addends(name, ids), self.masters[name]
+        if not any(addend is not None for addend in addends):
+            return 0, 0
         own = self._stores[name].edit() if name in self._stores else nullcontext(Edit())
         with store.edit() as pages, own as masters:
             fold(self._layouts[name], kept, pages, masters, addends, self._direction, self._rounding)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.bits import cut12
-from zo2jax.directions import PyTree, check_key, check_of_weights, leaf_ids, step_keys
+from zo2jax.directions import PyTree, check_key, check_of_weights, check_targets, leaf_ids, step_keys
 from zo2jax.estimators import Estimator
 from zo2jax.optimizers import Optimizer, as_optimizer
 from zo2jax.updates import Rounding, Update, apply_update, perturb, residual, stochastic
@@ -105,7 +105,7 @@ def begin(params: PyTree, key: jax.Array, estimator: Estimator, optimizer: Optim
     """The state before the first step; ``params`` may be shapes.
 
     Raises:
-        TypeError, ValueError: see `zo2jax.directions.leaf_ids` and `zo2jax.directions.check_key`.
+        TypeError, ValueError: see `leaf_ids`, `check_key` and `check_targets` of `zo2jax.directions`.
 
     >>> from zo2jax import sgd, two_point
     >>> int(begin(jnp.zeros(3), jax.random.key(0), two_point(1e-3), sgd(0.1)).step)
@@ -113,6 +113,7 @@ def begin(params: PyTree, key: jax.Array, estimator: Estimator, optimizer: Optim
     """
     opt_state, step = optimizer.init(estimator.directions), jnp.zeros((), jnp.uint32)
     ids = jnp.asarray(leaf_ids(params))
+    check_targets(params, estimator.direction)
     return State(params, opt_state, step, check_key(key), ids)
 
 
@@ -137,8 +138,8 @@ def mezo(loss_fn: LossFn, estimator: Estimator, optimizer: Any, *, rounding: Rou
 
     Raises:
         ValueError: at construction for an optimizer that does not commute with z, or has momentum, for `residual`
-            rounding, and for `zo2jax.lora`; by ``init`` for a key that is not threefry and for two leaves that would
-            share noise.
+            rounding, and for `zo2jax.lora`; by ``init`` for a key that is not threefry, for two leaves that would
+            share noise, and for targets of the direction that name no leaf.
         TypeError: by ``init`` for leaves of another dtype than float32, bfloat16, float16; by ``step`` for a
             loss that is not a float32 scalar.
 

@@ -6,7 +6,7 @@ where kernels change it in place. Vectors (norms, biases: under 1 % of the bytes
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -107,8 +107,10 @@ class Layout:
             matrices.append((name, pages.place(shape, codes, **how)))
         return cls(tuple(matrices), tuple(pages.pages), tuple(rest))
 
-    def masters(self, residuals: bool) -> "Layout":
+    def masters(self, residuals: bool, trained: Callable[[str], bool] = lambda name: True) -> "Layout":
         """That of what is kept beside matrices for folds: float32 of codes; with ``residuals``, int16 of bfloat16.
+
+        ``trained`` says of which matrices, by their names here.
 
         >>> layout = Layout.of({"w": jnp.ones((3, 5), jnp.bfloat16), "x": np.ones((1, 1), np.float32)})
         >>> layout.masters(True).pages, layout.masters(False).pages
@@ -116,6 +118,8 @@ class Layout:
         """
         pages, matrices = _Pages(), []
         for name, place in self.matrices:
+            if not trained(name):
+                continue
             if place.scale is not None:
                 matrices.append((name, pages.place(place.shape, "float32")))
             elif residuals and self.pages[place.page][0] == "bfloat16":

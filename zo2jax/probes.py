@@ -4,7 +4,7 @@ A member's matrix exists from the product that needs it to the end of that produ
 their tokens only, and a head for as many rows of the vocabulary as it looks at.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ class Matrices:
         count: of updates, as there.
         direction: the distribution of z.
         rounding: of the update.
+        frozen: numbers of the matrices that are not trained.
     """
 
     def __init__(
@@ -45,17 +46,21 @@ class Matrices:
         count: jax.Array | None = None,
         direction: Direction,
         rounding: Rounding,
+        frozen: Collection[int] = (),
     ):
         """Moves nothing yet."""
         self.places, self.pages = places, list(pages)
         self.direction = direction
         self._rounding = rounding
         self._terms, self._probes = by_leaf(ids, update, *probes, count) if places else (None, None)
-        self._waiting = set(range(len(places))) if update is not None else set()
+        self._waiting = set(range(len(places))) - set(frozen) if update is not None else set()
+        self._frozen = set(frozen)
         self._last: tuple[jax.Array, ...] = ()
 
-    def weight(self, index: int, member: jax.Array | None) -> "Probe":
-        """A member's matrix."""
+    def weight(self, index: int, member: jax.Array | None) -> "Probe | jax.Array":
+        """A member's matrix; the array itself of one that is not trained."""
+        if index in self._frozen:  # read after all moves: a move of its page after it was read would copy the page
+            return self.places[index].of(self.settle_all())
         return Probe(self, index, member)
 
     def dtype(self, index: int) -> jnp.dtype:

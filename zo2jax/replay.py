@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from zo2jax.directions import from_json
+from zo2jax.factored import merge
 from zo2jax.formats import from_json as format_of
 from zo2jax.header import digest, structure
 from zo2jax.journal import JournalError, Recorded
@@ -113,8 +114,10 @@ def _replayed(model: Model, journal: Recorded, steps: int, name: str) -> Params:
 
     of_run = from_json(header.direction), header.directions, ROUNDINGS[header.rounding], header.momentum > 0
     kept = Kept(owned_shapes(model.blocks), layouts_of(model.blocks, model.format), *of_run)
-    checked = replace(model, source=Source.of(model.source).observed(check))
+    source = Source.of(model.source).observed(check)
     if not kept.moves(name):
-        return checked.source[name]
-    with closing(Weights.of_block(checked, name, kept, journal, steps)) as weights:
+        if model.format is None:
+            return source[name]
+        return merge(name, source.coded(name), {}, kept.shapes[name], kept.layouts[name], kept.direction)
+    with closing(Weights.of_block(replace(model, source=source), name, kept, journal, steps)) as weights:
         return weights.stream[name]

@@ -111,7 +111,8 @@ class Run:
 
     Raises:
         ValueError: if the directory holds another run, naming what differs, or one that is damaged; for a format or
-            `residual` rounding with directions with which matrices also change; for momentum without low-rank ones.
+            `residual` rounding with directions with which matrices also change; for momentum without low-rank ones;
+            for targets of a direction that name no leaf.
         BlockingIOError: if another process trains in the directory.
         PermissionError: if the directory cannot be written.
 

@@ -89,7 +89,7 @@ class Stream(Mapping[str, Params]):
     ):
         """Reads the source into the stores."""
         self.blocks, self.plan = tuple(blocks), plan
-        self._how: dict[str, Any] = {"direction": direction, "rounding": rounding}
+        self._how: dict[str, Any] = {"direction": direction.everywhere, "rounding": rounding}
         self._number = {block.name: i for i, block in enumerate(self.blocks)}
         shapes = owned_shapes(self.blocks)
         self.leaf_ids = leaf_ids(shapes)
@@ -108,7 +108,6 @@ class Stream(Mapping[str, Params]):
         if basis is not None:
             how = self.layouts, direction, rounding, basis
             self._sums = Accumulated(*how, momentum) if direction.rank else Listed(*how, directions)
-        self._visit = visits.train if self._sums is None else visits.read
         layouts = [*self.layouts.items(), *(() if self._sums is None else self._sums.masters.items())]
         host, disk = ([x.nbytes for name, x in layouts if self.tiers[name] == tier] for tier in ("host", "disk"))
         self._kept = Tiers(host, disk, directory, pinned=plan.pinned)
@@ -122,7 +121,8 @@ class Stream(Mapping[str, Params]):
         except BaseException:
             self._kept.close()
             raise
-        self._stages = visits.stages_of(self.blocks, tuple(self.layouts.items()))
+        self._stages = visits.stages_of(self.blocks, tuple(self.layouts.items()), direction)
+        self._first = visits.first_that_differs(self._stages)
         self._ids = [self._leaf_ids(block) for block in self.blocks]
         self._homes = [[self._number[block_of(owner, shapes)] for owner in b.aliases.values()] for b in self.blocks]
         self.bytes_up = self.bytes_down = 0  # over the link, so far
@@ -174,7 +174,8 @@ class Stream(Mapping[str, Params]):
 
         Arrays have the members in front, [M, ...]. ``probes`` are parts of the population, (keys typed [K], matrix
         float32 [M, K]) as in `zo2jax.updates.move`: while a block is on the device, they are taken through it one after
-        the other, with one batch after the other. The update is applied even if the model cannot take a batch.
+        the other, with one batch after the other; but a batch goes once through the blocks that come before all that
+        is trained. The update is applied even if the model cannot take a batch.
         """
         self._check_whole()
         parts = [(part, batch) for batch in batches for part in probes]
@@ -183,38 +184,56 @@ class Stream(Mapping[str, Params]):
         try:
             for one in given:
                 self._compile(*one)
-        except Exception:  # a batch that does not fit the model, say: no block may lack the update
+            before = self._before(batches)
+        except BaseException:  # a batch that does not fit the model, say: no block may lack the update
             self.apply(update)
             raise
         self._torn = True
-        carries: list[Any] = [None] * len(given)
+        carries = [visits.for_members(x, len(p[1])) if self._first else None for x in before for p in probes]
+        del before
         if self._sums is not None:
             self._sums.update(update, np.int32(1))
-        for i in range(len(self.blocks)):
-            (pages, _), tied, done = self._take(i), self._tied(i), []
-            for j, one in enumerate(given):
-                (changed, self._rest[i]), carries[j], over = self._visit(
-                    self._stages[i], pages, self._rest[i], tied, self._beside(i), self._ids[i], *one[:2], carries[j],
-                    one[2], **self._how,
-                )  # fmt: skip
-                done.append(over)
-                if self._sums is None:
-                    pages = changed
-                elif j == 0:
-                    self._sums.take(self.blocks[i].name, changed)
-                del changed
-            self._put(i, pages if self._sums is None else None, done)
-            del pages  # or they would stay until the next ones are there
+        for i in range(self._first, len(self.blocks)):
+            self._visit(i, given, carries)
         self._torn = False
         count = len(probes)
         return [_joined(carries[j : j + count]) for j in range(0, len(carries), count)]
+
+    def _before(self, batches: Sequence[Batch]) -> list[Any]:
+        """Each batch after the blocks that come before all that is trained, which are the same for all members."""
+        carries: list[Any] = [None] * len(batches)
+        for i, stage in enumerate(self._stages[: self._first]):
+            held = *self._take(i), self._tied(i), self._beside(i), self._ids[i]
+            for j, batch in enumerate(batches):
+                carries[j], _ = visits.plain(stage, *held, carries[j], batch, None, **self._how)
+            self._put(i, None, carries)
+            del held
+        return carries
+
+    def _visit(self, i: int, given: Sequence[tuple[Update | None, Members, Batch]], carries: list[Any]) -> None:
+        """Takes all members a block further, with the update in the first visit; ``carries`` change."""
+        stage, done = self._stages[i], []
+        (pages, _), tied, beside = self._take(i), self._tied(i), self._beside(i)
+        visit, moves = visits.visit_of(stage, beside), stage.moves and beside is None
+        for j, (update, probes, batch) in enumerate(given):
+            (changed, self._rest[i]), carries[j], over = visit(
+                stage, pages, self._rest[i], tied, self._beside(i), self._ids[i], update, probes, carries[j], batch,
+                **self._how,
+            )  # fmt: skip
+            done.append(over)
+            if moves:
+                pages = changed
+            elif stage.moves and j == 0 and self._sums is not None:
+                self._sums.take(self.blocks[i].name, changed)
+            del changed
+        self._put(i, pages if moves else None, done)
 
     def _compile(self, update: Update | None, probes: Members, batch: Batch) -> None:
         """Compiles the visits of a sweep before it begins: XLA tries kernels out, and that memory is free then."""
         given = update, probes, batch
         if (shapes := visits.shapes_of(given)) not in self._compiled:
             held = [(self._rest[i], self._tied(i), self._beside(i), ids) for i, ids in enumerate(self._ids)]
-            visits.precompile(self._visit, self._stages, held, given, self._how)
+            visits.precompile(self._stages, held, given, self._how)
             self._compiled.add(shapes)
 
     def apply(self, update: Update) -> None:
@@ -234,6 +253,8 @@ class Stream(Mapping[str, Params]):
         if self._sums is not None:
             self._sums.update(*given)
         for i, (stage, ids) in enumerate(zip(self._stages, self._ids, strict=True)):
+            if not stage.moves:
+                continue
             if self._sums is not None:
                 changed, self._rest[i] = visits.add(stage, self._rest[i], self._beside(i), ids, *given, **how)
                 self._sums.take(self.blocks[i].name, changed)

@@ -21,7 +21,16 @@ from pallas_kernels.implementations import choose
 from pallas_kernels.perturb import Probes, Terms
 from pallas_kernels.perturb import perturb as perturb_leaf
 from pallas_kernels.reference import decayed
-from zo2jax.directions import Direction, PyTree, check_of_weights, expand, factors, is_trained, matrix_shape, normal
+from zo2jax.directions import (
+    Direction,
+    PyTree,
+    check_of_weights,
+    expand,
+    factors,
+    matrix_shape,
+    normal,
+    trained_leaves,
+)
 
 _SMALL_LEAF = 1 << 20
 """Elements up to which equal leaves are moved together; see `_together`."""
@@ -241,7 +250,7 @@ def rounded(
     return rounding.apply(wide, dtype, noise)
 
 
-def _together(leaves: list[Any]) -> list[list[int]]:
+def _together(leaves: list[Any], trained: list[bool]) -> list[list[int]]:
     """Indices of the trained leaves, those that move together in one list: equal in shape, dtype and memory, and small.
 
     Law 1 makes the grouping invisible in the bits. It shortens compilation (one program for all norms of a model,
@@ -249,7 +258,7 @@ def _together(leaves: list[Any]) -> list[list[int]]:
     """
     groups: dict[Any, list[int]] = {}
     for i, w in enumerate(leaves):
-        if is_trained(w):
+        if trained[i]:
             groups.setdefault((w.shape, w.dtype, _on_host(w)) if w.size <= _SMALL_LEAF else i, []).append(i)
     return list(groups.values())
 
@@ -299,13 +308,15 @@ def move(
     leaves, treedef = jax.tree.flatten(params)
     if not leaves:
         return params, None if matrix is None else params
+    trained = trained_leaves(params, direction)
     if direction.adapter is not None:  # nothing moves but adapters, which are elsewhere
-        return params, None if matrix is None else jax.tree.map(lambda w: _repeated(w, len(matrix)), params)
+        return params, None if matrix is None else jax.tree.map(lambda w: repeated(w, len(matrix)), params)
     terms, probes = by_leaf(leaf_ids, update, keys, matrix, count)
     moved = list(leaves)
-    members = [w if probes is None or is_trained(w) else _repeated(w, probes.matrix.shape[1]) for w in leaves]
+    still = lambda w: w if probes is None else repeated(w, probes.matrix.shape[1])  # noqa: E731
+    members = [w if t else still(w) for w, t in zip(leaves, trained, strict=True)]
     done: list[Any] = []
-    for group in _together(leaves):
+    for group in _together(leaves, trained):
         here, hosted = np.array(group), _on_host(leaves[group[0]])
         # The barrier keeps the choice of keys out of the programs, so that equal leaves share one on the GPU.
         ours = lax.optimization_barrier(jax.tree.map(lambda x, here=here: x[here], (terms, probes)))
@@ -322,8 +333,12 @@ def move(
     return jax.tree.unflatten(treedef, moved), probed
 
 
-def _repeated(w: Any, count: int) -> jax.Array:
-    """A leaf that is not trained, for each member: [count, ...]."""
+def repeated(w: Any, count: int) -> jax.Array:
+    """An array that is the same for each member: [count, ...].
+
+    >>> repeated(jnp.ones(3), 2).shape
+    (2, 3)
+    """
     return jnp.broadcast_to(_to_device(w) if _on_host(w) else w, (count, *jnp.shape(w)))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.quantized import Codes
 from zo2jax.directions import Direction
@@ -18,7 +19,7 @@ from zo2jax.models.quantized import Quantized
 from zo2jax.pages import Layout, Place
 from zo2jax.pending import Pending
 from zo2jax.probes import Matrices
-from zo2jax.updates import Rounding, Update, move
+from zo2jax.updates import Rounding, Update, move, repeated
 
 ReadOnly = Beside | Pending
 """What a visit is given beside pages that are only read, of low-rank or of dense directions."""
@@ -31,6 +32,22 @@ class Stage:
     kind: Kind
     layout: Layout
     tied: tuple[tuple[str, Place], ...]
+    frozen: frozenset[str] = frozenset()
+    """Leaves that are not trained, by the names that the block has for them; shared ones among them."""
+
+    @property
+    def moves(self) -> bool:
+        """Whether the block's own leaves change."""
+        return not self.frozen.issuperset((*(name for name, _ in self.layout.matrices), *self.layout.rest))
+
+    @property
+    def differs(self) -> bool:
+        """Whether the block is another one for each member."""
+        return self.moves or not self.frozen.issuperset(name for name, _ in self.tied)
+
+    def numbers(self, matrices: Sequence[tuple[str, Place]]) -> tuple[int, ...]:
+        """Which of some matrices are not trained."""
+        return tuple(i for i, (name, _) in enumerate(matrices) if name in self.frozen)
 
     def leaves(self, pages: Any, rest: Any, tied: Any) -> Params:
         """The leaves as they are, tied ones filled in; codes as a `Quantized`, or decoded where no weight is taken."""
@@ -47,8 +64,8 @@ class Stage:
 
 
 @lru_cache(maxsize=256)
-def _stage(kind: Kind, layout: Layout, tied: tuple[tuple[str, Place], ...]) -> Stage:
-    return Stage(kind, layout, tied)
+def _stage(kind: Kind, layout: Layout, tied: tuple[tuple[str, Place], ...], frozen: frozenset[str]) -> Stage:
+    return Stage(kind, layout, tied, frozen)
 
 
 _STATIC = ("stage", "direction", "rounding")
@@ -68,10 +85,10 @@ def _matrices(
     lent: list[Matrices | Factors]
     own: Matrices | Factors
     if beside is None:
-        own = Matrices(places, pages, ids[0], update, probes, **how)
+        own = Matrices(places, pages, ids[0], update, probes, **how, frozen=stage.numbers(stage.layout.matrices))
         lent = [
-            Matrices([place], lent_pages, ids[2][i : i + 1], None, probes, **how)
-            for i, ((_, place), lent_pages) in enumerate(zip(stage.tied, tied, strict=True))
+            Matrices([place], lent_pages, ids[2][i : i + 1], None, probes, **how, frozen=stage.numbers([(name, place)]))
+            for i, ((name, place), lent_pages) in enumerate(zip(stage.tied, tied, strict=True))
         ]
     else:
         direction = how["direction"]
@@ -98,7 +115,7 @@ def _members(
 
     With it come the pages, or the `Sum` of each matrix if those are only read, and the other leaves, after the update.
     """
-    rest, small = move(held[1], ids[1], update, *probes, **how)
+    rest, small = _moved_rest(stage, held[1], ids[1], update, *probes, **how)
     own, matrices = _matrices(stage, held, ids, update, probes, how)
     block = stage.kind.block
 
@@ -107,15 +124,32 @@ def _members(
         for name, leaf in small.items():
             set_leaf(leaves, name, leaf)
         for name, of, i in matrices:
-            weight = of.weight(i, member)
-            set_leaf(leaves, name, weight if block.takes_weights else weight.array())
-        return run(block, leaves, carried), own.settle_all()
+            set_leaf(leaves, name, _as_leaf(block, of.weight(i, member)))
+        return run(block, leaves, carried), own.settle_all() if stage.moves else ()
 
     count = len(probes[1])
     out, changed = jax.vmap(one, in_axes=(0, 0, 0), out_axes=(0, None), axis_size=count)(
         jnp.arange(count), small, carried
     )
     return out, (changed, rest)
+
+
+def _as_leaf(block: Block, weight: Any) -> Any:
+    return weight if block.takes_weights or isinstance(weight, jax.Array) else weight.array()
+
+
+def _moved_rest(
+    stage: Stage, rest: Any, ids: jax.Array, update: Update | None, keys: Any = None, matrix: Any = None, **how: Any
+) -> tuple[Any, Any]:
+    """`move` of a block's other leaves, which are in the order of their names; those that are not trained stay."""
+    names = [name for name in sorted(rest) if name not in stage.frozen]
+    if len(names) == len(rest):
+        return move(rest, ids, update, keys, matrix, **how)
+    at = np.array([i for i, name in enumerate(sorted(rest)) if name in names], np.int32)
+    moved, small = move({name: rest[name] for name in names}, ids[at], update, keys, matrix, **how)
+    if matrix is not None:
+        small = {name: small[name] if name in names else repeated(x, len(matrix)) for name, x in rest.items()}
+    return rest | moved, small
 
 
 def _train(
@@ -140,27 +174,63 @@ read = jax.jit(_train, static_argnames=_STATIC, donate_argnames=("rest", "carry"
 """Of blocks whose pages are only read."""
 
 
-def precompile(visit: Any, stages: Sequence[Stage], held: Sequence[Any], given: Any, how: dict[str, Any]) -> None:
+def visit_of(stage: Stage, beside: ReadOnly | None) -> Any:
+    """The program of a training visit.
+
+    >>> visit_of(Stage(None, Layout((), (), ()), ()), None) is read
+    True
+    """
+    return train if beside is None and stage.moves else read
+
+
+def first_that_differs(stages: Sequence[Stage]) -> int:
+    """How many blocks come before the first one that is another for each member.
+
+    >>> first_that_differs([])
+    0
+    """
+    return next((i for i, stage in enumerate(stages) if stage.differs), len(stages))
+
+
+_for_members = jax.jit(lambda carry, count: jax.tree.map(lambda x: repeated(x, count), carry), static_argnums=1)
+
+
+def for_members(carry: Any, count: int) -> Any:
+    """A carry that is the same for all members so far, for each of them: [M, ...].
+
+    >>> for_members(jnp.ones(3), 2).shape
+    (2, 3)
+    """
+    return _for_members(carry, count)
+
+
+def precompile(stages: Sequence[Stage], held: Sequence[Any], given: Any, how: dict[str, Any]) -> None:
     """Compiles a training sweep's visits, each kind once, without visiting.
 
     Args:
-        visit: `train` or `read`.
         stages: of the blocks.
         held: (rest, tied, beside, ids) of each block.
         given: (update, probes, batch).
         how: direction and rounding.
     """
     known: dict[Any, Any] = {}
-    carry, (update, probes, batch) = None, given
-    for stage, (rest, tied, beside, ids) in zip(stages, held, strict=True):
-        if (came := (stage, shapes_of((carry, beside)))) not in known:
+    carry, (update, probes, batch), first = None, given, first_that_differs(stages)
+    for i, (stage, (rest, tied, beside, ids)) in enumerate(zip(stages, held, strict=True)):
+        if i == first > 0:
+            carry = jax.eval_shape(lambda x: for_members(x, len(probes[1])), carry)
+        if (came := (i < first, stage, shapes_of((carry, beside)))) not in known:
             pages = tuple(jax.ShapeDtypeStruct((n,), dtype) for dtype, n in stage.layout.pages)
             rest = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rest)
             with warnings.catch_warnings():  # that a head's result cannot lie where its carry was
                 warnings.filterwarnings("ignore", "Some donated buffers were not usable")
-                lowered = visit.lower(stage, pages, rest, tied, beside, ids, update, probes, carry, batch, **how)
+                if i < first:
+                    lowered = plain.lower(stage, pages, rest, tied, beside, ids, carry, batch, None, **how)
+                else:
+                    given = stage, pages, rest, tied, beside, ids, update, probes, carry, batch
+                    lowered = visit_of(stage, beside).lower(*given, **how)
                 lowered.compile()
-            known[came] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info[1])
+            out = lowered.out_info[0 if i < first else 1]
+            known[came] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), out)
         carry = known[came]
 
 
@@ -180,9 +250,9 @@ def apply(
 ) -> Any:  # fmt: skip
     """A block after the first ``count`` of updates, whose arrays have another axis in front: (pages, rest)."""
     how: dict[str, Any] = {"count": count, "direction": direction, "rounding": rounding}
-    rest, _ = move(rest, ids[1], updates, **how)
-    places = [place for _, place in stage.layout.matrices]
-    return Matrices(places, pages, ids[0], updates, (None, None), **how).settle_all(), rest
+    rest, _ = _moved_rest(stage, rest, ids[1], updates, **how)
+    places, frozen = [place for _, place in stage.layout.matrices], stage.numbers(stage.layout.matrices)
+    return Matrices(places, pages, ids[0], updates, (None, None), **how, frozen=frozen).settle_all(), rest
 
 
 @partial(jax.jit, static_argnames=_STATIC, donate_argnames="rest")
@@ -191,7 +261,7 @@ def add(
     rounding: Rounding,
 ) -> Any:  # fmt: skip
     """What changes of a block whose pages are only read, as `apply` does: (what is kept of its matrices, rest)."""
-    rest, _ = move(rest, ids[1], updates, count=count, direction=direction, rounding=rounding)
+    rest, _ = _moved_rest(stage, rest, ids[1], updates, count=count, direction=direction, rounding=rounding)
     if isinstance(beside, Pending):  # what changes of matrices is known to all blocks
         return (), rest
     places = [place for _, place in stage.layout.matrices]
@@ -208,8 +278,7 @@ def plain(
     if beside is not None:
         how = {"direction": direction, "rounding": rounding}
         for name, of, i in _matrices(stage, (pages, rest, tied, beside), ids, None, (None, None), how)[1]:
-            weight = of.weight(i, None)
-            set_leaf(leaves, name, weight if block.takes_weights else weight.array())
+            set_leaf(leaves, name, _as_leaf(block, of.weight(i, None)))
     return block.extend(leaves, carry, batch, cache)
 
 
@@ -227,8 +296,13 @@ def extend(
 
 
 @lru_cache(maxsize=64)
-def stages_of(blocks: tuple[Block, ...], layouts: tuple[tuple[str, Layout], ...]) -> tuple[Stage, ...]:
-    """What compiled visits know of each block; ``layouts`` are those of all blocks that own leaves, by name."""
+def stages_of(
+    blocks: tuple[Block, ...], layouts: tuple[tuple[str, Layout], ...], direction: Direction | None = None
+) -> tuple[Stage, ...]:
+    """What compiled visits know of each block; ``layouts`` are those of all blocks that own leaves, by name.
+
+    All leaves are trained if there is no direction that says which.
+    """
     by_name = dict(layouts)
     stages = []
     for block, kind in zip(blocks, kinds(blocks), strict=True):
@@ -236,5 +310,14 @@ def stages_of(blocks: tuple[Block, ...], layouts: tuple[tuple[str, Layout], ...]
         for name, owner in block.aliases.items():
             home = block_of(owner, by_name)
             tied.append((name, dict(by_name[home].matrices)[owner[len(home) + 1 :]]))
-        stages.append(_stage(kind, by_name[block.name], tuple(tied)))
+        frozen = frozenset() if direction is None else _frozen(block, by_name[block.name], direction)
+        stages.append(_stage(kind, by_name[block.name], tuple(tied), frozen))
     return tuple(stages)
+
+
+def _frozen(block: Block, layout: Layout, direction: Direction) -> frozenset[str]:
+    """Leaves of a block, and those that it shares, that a direction does not train, by the block's names for them."""
+    named = [(f"{block.name}.{name}", name, 2) for name, _ in layout.matrices]
+    named += [(f"{block.name}.{name}", name, 1) for name in layout.rest]
+    named += [(owner, name, 2) for name, owner in block.aliases.items()]
+    return frozenset(name for full, name, ndim in named if not direction.trains(full, ndim))

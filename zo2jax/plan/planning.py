@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zo2jax.directions import Direction, matrix_shape
+from zo2jax.directions import Direction, check_targets, matrix_shape
 from zo2jax.estimators import Estimator, two_point
 from zo2jax.models.blocks import block_of, kinds, owned_shapes
 from zo2jax.models.model import Model
@@ -246,7 +246,8 @@ def plan(
         overlap: see `Plan`.
 
     Raises:
-        ValueError: for a budget that is too small, naming the smallest that works, and for values out of range.
+        ValueError: for a budget that is too small, naming the smallest that works, for values out of range, and for
+            targets of the direction that name no leaf.
 
     >>> from zo2jax.models.llama import LlamaConfig
     >>> config = LlamaConfig(vocabulary=8, size=8, hidden=8, layers=1, heads=2, kv_heads=1, head_size=4, context=16)
@@ -265,6 +266,7 @@ def plan(
         ids = jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
         batch = {"ids": ids, "targets": ids}
     estimator = estimator or two_point(1e-3)
+    check_targets(owned_shapes(model.blocks), estimator.direction)
     work = _Work.of(model, estimator, batch, prefetch)
     work = replace(work, batches=batches, limit=limit, chunk=probe_batch)
     sizes = list(work.sizes.values())
@@ -378,7 +380,7 @@ def _beside(layouts: Mapping[str, Layout], direction: Direction) -> int:
     total = 0
     for block, layout in layouts.items():
         for name, place in layout.matrices:
-            if direction.rank and direction.adapts(f"{block}.{name}"):
+            if direction.rank and direction.trains(f"{block}.{name}"):
                 rows, columns = matrix_shape(place.shape)
                 total += 4 * direction.rank * (rows if direction.adapter is None else rows + columns)
     return total
