@@ -36,7 +36,8 @@ def load_example(name: str) -> ModuleType:
 
 
 def test_every_example_is_tested():
-    others = {"pretrain_tiny.py", "books_to_shakespeare.py", "plot_runs.py", "quickstart.ipynb"}
+    others = {"books_to_shakespeare.py", "compare_estimators.py", "plot_runs.py", "pretrain_tiny.py"}
+    others |= {"quickstart.ipynb"}
     assert {p.name for p in EXAMPLES.iterdir() if p.is_file()} == {*FALLS, *others}
 
 
@@ -60,6 +61,18 @@ def test_pretrain_tiny(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert f"{model.parameter_count:,} parameters" in out
     assert (tmp_path / "tiny" / "README.md").read_text() in out
+
+
+def test_compare_estimators(tiny_folder, text_file, tmp_path, monkeypatch, capsys):
+    example = load_example("compare_estimators.py")
+    chosen = {name: (make, rates[1:2]) for name, (make, rates) in list(example.ESTIMATORS.items())[::3]}
+    monkeypatch.setattr(example, "ESTIMATORS", chosen)
+    options = {"passes": 160, "seeds": 2, "batch": 2, "tokens": 16, "output": tmp_path / "estimators.png"}
+    found = example.main(str(tiny_folder), str(text_file), **options)
+    assert list(found) == ["two_point", "one_sided(8)"] and all(x.shape == (2, 11) for x in found.values())
+    assert all(np.isfinite(x).all() and (x[0] != x[1]).any() and (x[:, 0] == x[0, 0]).all() for x in found.values())
+    assert (tmp_path / "estimators.png").read_bytes()[1:4] == b"PNG"
+    assert f"-> {found['two_point'][:, -1].mean():.4f} (" in capsys.readouterr().out
 
 
 @pytest.mark.slow
