@@ -78,6 +78,7 @@ def test_micro_batches_are_the_rows_of_a_step(folder, tiny_folder):
         parts[config.steps]
 
 
+@pytest.mark.slow
 def test_a_run_of_micro_batches(folder, tiny_folder):
     """As one of whole batches, up to rounding, in an estimator of several directions."""
     options = {"batch": 4, "estimator": "leave_one_out", "directions": 3, "eps": 0.1, "dtype": "float32"}

@@ -65,7 +65,7 @@ def train(run, steps):
 
 @pytest.mark.parametrize(
     "setting",
-    ["dense", "codes", *(pytest.param(x, marks=SLOW) for x in ("disk", "momentum", "factors", "lora", "frozen"))],
+    ["dense", *(pytest.param(x, marks=SLOW) for x in ("codes", "disk", "momentum", "factors", "lora", "frozen"))],
 )
 def test_blocks_of_several_steps_become_those_of_one(setting, tmp_path, monkeypatch):
     """Of each period's beginning, middle and end; resumed, and looked at, at any later step."""
