@@ -64,19 +64,18 @@ class Accumulated(Masters):
     def restart(self, basis: jax.Array) -> None:
         """Begins anew after a fold, with another V, which momentum is taken along to."""
         old = self._basis
-        gone, zeros = _nothing((old.gone, {name: [own.p for own in sums if own] for name, sums in self.sums.items()}))
+        gone, zeros = _nothing((old.gone, {name: [own and own.p for own in sums] for name, sums in self.sums.items()}))
         self._basis = Basis(basis, gone)
         for name, layout in self._layouts.items():
             kept: list[Sum | None] = []
-            empty = iter(zeros[name])
-            for (leaf, place), own in zip(layout.matrices, self.sums[name], strict=True):
+            for (leaf, place), own, p in zip(layout.matrices, self.sums[name], zeros[name], strict=True):
                 if own is None:
                     kept.append(None)
                     continue
                 n = own.n
                 if n is not None:
                     n = projected(n, *(self._v(x, name, leaf, place) for x in (old, self._basis)))
-                kept.append(Sum(next(empty), n))
+                kept.append(Sum(p, n))
             self.sums[name] = tuple(kept)
 
     def _v(self, basis: Basis, name: str, leaf: str, place: Place) -> jax.Array:

@@ -48,7 +48,8 @@ def export_adapter(model: Model, direction: Direction, beside: Callable[[str], P
         raise ValueError("a model of zo2jax.blocks has no Hugging Face names: take what is beside its matrices")
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for block in owned_shapes(model.blocks):
-        p, v = (flat(beside(block).get(part, {})) for part in "pv")
+        held = beside(block)
+        p, v = (flat(held.get(part, {})) for part in "pv")
         scale = np.float32(direction.adapter)
         found |= {f"{block}.{leaf}": (np.asarray(p[leaf]) / scale, np.asarray(v[leaf])) for leaf in p}
     if refused := sorted(config.unwrapped.intersection(found)):
@@ -57,14 +58,15 @@ def export_adapter(model: Model, direction: Direction, beside: Callable[[str], P
             "with targets that leave them out"
         )
     tensors: dict[str, np.ndarray] = {}
+    modules, hub = [], config.hub_names()
     for name, (b, a) in found.items():
-        for module, looked_up in _modules_of(config, name):
+        for module, looked_up in _modules_of(config, name, hub[name]):
+            modules.append(module)
             base = f"base_model.model.{module}.lora"
             if looked_up:
                 tensors |= {f"{base}_embedding_A": b.T, f"{base}_embedding_B": a}
             else:
                 tensors |= {f"{base}_A.weight": a.T, f"{base}_B.weight": b}
-    modules = [module for name in found for module, _ in _modules_of(config, name)]
     written = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if isinstance(config.head, CausalLM) else None,
@@ -84,8 +86,7 @@ def export_adapter(model: Model, direction: Direction, beside: Callable[[str], P
     return Path(folder).expanduser()
 
 
-def _modules_of(config: Decoder, name: str) -> list[tuple[str, bool]]:
-    """The modules of transformers that have a matrix, and whether its rows are looked up there."""
-    module = config.hub_names()[name].removesuffix(".weight")
-    modules = [(module, name in ("embed.weight", "embed.positions"))]
+def _modules_of(config: Decoder, name: str, tensor: str) -> list[tuple[str, bool]]:
+    """The modules of transformers that have a matrix (``tensor`` there), and whether its rows are looked up in them."""
+    modules = [(tensor.removesuffix(".weight"), name in ("embed.weight", "embed.positions"))]
     return modules + [(config.head.hub, False)] * (name == "embed.weight" and config.shares_matrix)

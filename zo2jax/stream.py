@@ -213,8 +213,8 @@ class Stream(Mapping[str, Params]):
     def _visit(self, i: int, given: Sequence[tuple[Update | None, Members, Batch]], carries: list[Any]) -> None:
         """Takes all members a block further, with the update in the first visit; ``carries`` change."""
         stage, done = self._stages[i], []
-        (pages, _), tied, beside = self._take(i), self._tied(i), self._beside(i)
-        visit, moves = visits.visit_of(stage, beside), stage.moves and beside is None
+        (pages, _), tied, read_only = self._take(i), self._tied(i), self._sums is not None
+        visit, moves = visits.visit_of(stage, read_only), stage.moves and not read_only
         for j, (update, probes, batch) in enumerate(given):
             (changed, self._rest[i]), carries[j], over = visit(
                 stage, pages, self._rest[i], tied, self._beside(i), self._ids[i], update, probes, carries[j], batch,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from zo2jax.adapters import export_adapter
@@ -36,7 +36,7 @@ class _Found:
         assert self.number is not None
         return self.number
 
-    @property
+    @cached_property
     def kept(self) -> Kept:
         """How the run keeps its model."""
         config = self.config

@@ -6,7 +6,7 @@ The decay is kept as the *fraction that goes* (learning rate x weight decay, say
 stays (0.9999999): a factor cut to 12 bits could not come nearer to 1 than 0.99976.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -250,7 +250,7 @@ def rounded(
     return rounding.apply(wide, dtype, noise)
 
 
-def _together(leaves: list[Any], trained: list[bool]) -> list[list[int]]:
+def _together(leaves: list[Any], trained: Sequence[bool]) -> list[list[int]]:
     """Indices of the trained leaves, those that move together in one list: equal in shape, dtype and memory, and small.
 
     Law 1 makes the grouping invisible in the bits. It shortens compilation (one program for all norms of a model,
@@ -282,6 +282,7 @@ def move(
     matrix: jax.Array | None = None,
     *,
     count: jax.Array | None = None,
+    trained: Sequence[bool] | None = None,
     direction: Direction = normal,
     rounding: Rounding = stochastic,
 ) -> tuple[PyTree, PyTree]:
@@ -289,6 +290,7 @@ def move(
 
     ``keys`` (typed, [K]) and ``matrix`` (float32 [M, K]) are those of the probes theta + sum_k matrix[m, k] z(keys[k]);
     each leaf of ``members`` has the members along its first axis, [M, ...]; leaves that are not trained are repeated.
+    ``trained`` says which are, in pytree order; those that the direction trains by their names if None.
     ``members`` is None without them.
     The results are those of `apply_update` and then `perturb` for each row, in every bit.
 
@@ -308,13 +310,12 @@ def move(
     leaves, treedef = jax.tree.flatten(params)
     if not leaves:
         return params, None if matrix is None else params
-    trained = trained_leaves(params, direction)
     if direction.adapter is not None:  # nothing moves but adapters, which are elsewhere
         return params, None if matrix is None else jax.tree.map(lambda w: repeated(w, len(matrix)), params)
     terms, probes = by_leaf(leaf_ids, update, keys, matrix, count)
-    moved = list(leaves)
-    still = lambda w: w if probes is None else repeated(w, probes.matrix.shape[1])  # noqa: E731
-    members = [w if t else still(w) for w, t in zip(leaves, trained, strict=True)]
+    trained = trained_leaves(params, direction) if trained is None else trained
+    moved, both = list(leaves), zip(leaves, trained, strict=True)
+    members = [w if probes is None or t else repeated(w, probes.matrix.shape[1]) for w, t in both]
     done: list[Any] = []
     for group in _together(leaves, trained):
         here, hosted = np.array(group), _on_host(leaves[group[0]])

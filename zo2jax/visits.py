@@ -8,10 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels.quantized import Codes
-from zo2jax.directions import Direction
+from zo2jax.directions import Direction, is_trained
 from zo2jax.factored import Beside, Factors
 from zo2jax.models.blocks import Block, Kind, Params, block_of, kinds, set_leaf
 from zo2jax.models.layers import Batch, Cache
@@ -48,6 +47,10 @@ class Stage:
     def numbers(self, matrices: Sequence[tuple[str, Place]]) -> tuple[int, ...]:
         """Which of some matrices are not trained."""
         return tuple(i for i, (name, _) in enumerate(matrices) if name in self.frozen)
+
+    def trained(self, rest: Params) -> list[bool]:
+        """Which of the block's other leaves are trained, in the order of their names."""
+        return [is_trained(leaf) and name not in self.frozen for name, leaf in sorted(rest.items())]
 
     def leaves(self, pages: Any, rest: Any, tied: Any) -> Params:
         """The leaves as they are, tied ones filled in; codes as a `Quantized`, or decoded where no weight is taken."""
@@ -115,7 +118,7 @@ def _members(
 
     With it come the pages, or the `Sum` of each matrix if those are only read, and the other leaves, after the update.
     """
-    rest, small = _moved_rest(stage, held[1], ids[1], update, *probes, **how)
+    rest, small = move(held[1], ids[1], update, *probes, trained=stage.trained(held[1]), **how)
     own, matrices = _matrices(stage, held, ids, update, probes, how)
     block = stage.kind.block
 
@@ -136,20 +139,6 @@ def _members(
 
 def _as_leaf(block: Block, weight: Any) -> Any:
     return weight if block.takes_weights or isinstance(weight, jax.Array) else weight.array()
-
-
-def _moved_rest(
-    stage: Stage, rest: Any, ids: jax.Array, update: Update | None, keys: Any = None, matrix: Any = None, **how: Any
-) -> tuple[Any, Any]:
-    """`move` of a block's other leaves, which are in the order of their names; those that are not trained stay."""
-    names = [name for name in sorted(rest) if name not in stage.frozen]
-    if len(names) == len(rest):
-        return move(rest, ids, update, keys, matrix, **how)
-    at = np.array([i for i, name in enumerate(sorted(rest)) if name in names], np.int32)
-    moved, small = move({name: rest[name] for name in names}, ids[at], update, keys, matrix, **how)
-    if matrix is not None:
-        small = {name: small[name] if name in names else repeated(x, len(matrix)) for name, x in rest.items()}
-    return rest | moved, small
 
 
 def _train(
@@ -174,13 +163,13 @@ read = jax.jit(_train, static_argnames=_STATIC, donate_argnames=("rest", "carry"
 """Of blocks whose pages are only read."""
 
 
-def visit_of(stage: Stage, beside: ReadOnly | None) -> Any:
-    """The program of a training visit.
+def visit_of(stage: Stage, read_only: bool) -> Any:
+    """The program of a training visit, in a stream whose pages are only read or not.
 
-    >>> visit_of(Stage(None, Layout((), (), ()), ()), None) is read
+    >>> visit_of(Stage(None, Layout((), (), ()), ()), False) is read
     True
     """
-    return train if beside is None and stage.moves else read
+    return train if stage.moves and not read_only else read
 
 
 def first_that_differs(stages: Sequence[Stage]) -> int:
@@ -192,16 +181,14 @@ def first_that_differs(stages: Sequence[Stage]) -> int:
     return next((i for i, stage in enumerate(stages) if stage.differs), len(stages))
 
 
-_for_members = jax.jit(lambda carry, count: jax.tree.map(lambda x: repeated(x, count), carry), static_argnums=1)
-
-
+@partial(jax.jit, static_argnames="count")
 def for_members(carry: Any, count: int) -> Any:
     """A carry that is the same for all members so far, for each of them: [M, ...].
 
     >>> for_members(jnp.ones(3), 2).shape
     (2, 3)
     """
-    return _for_members(carry, count)
+    return jax.tree.map(lambda x: repeated(x, count), carry)
 
 
 def precompile(stages: Sequence[Stage], held: Sequence[Any], given: Any, how: dict[str, Any]) -> None:
@@ -227,7 +214,7 @@ def precompile(stages: Sequence[Stage], held: Sequence[Any], given: Any, how: di
                     lowered = plain.lower(stage, pages, rest, tied, beside, ids, carry, batch, None, **how)
                 else:
                     given = stage, pages, rest, tied, beside, ids, update, probes, carry, batch
-                    lowered = visit_of(stage, beside).lower(*given, **how)
+                    lowered = visit_of(stage, beside is not None).lower(*given, **how)
                 lowered.compile()
             out = lowered.out_info[0 if i < first else 1]
             known[came] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), out)
@@ -250,7 +237,7 @@ def apply(
 ) -> Any:  # fmt: skip
     """A block after the first ``count`` of updates, whose arrays have another axis in front: (pages, rest)."""
     how: dict[str, Any] = {"count": count, "direction": direction, "rounding": rounding}
-    rest, _ = _moved_rest(stage, rest, ids[1], updates, **how)
+    rest, _ = move(rest, ids[1], updates, trained=stage.trained(rest), **how)
     places, frozen = [place for _, place in stage.layout.matrices], stage.numbers(stage.layout.matrices)
     return Matrices(places, pages, ids[0], updates, (None, None), **how, frozen=frozen).settle_all(), rest
 
@@ -261,7 +248,8 @@ def add(
     rounding: Rounding,
 ) -> Any:  # fmt: skip
     """What changes of a block whose pages are only read, as `apply` does: (what is kept of its matrices, rest)."""
-    rest, _ = _moved_rest(stage, rest, ids[1], updates, count=count, direction=direction, rounding=rounding)
+    how: dict[str, Any] = {"count": count, "direction": direction, "rounding": rounding}
+    rest, _ = move(rest, ids[1], updates, trained=stage.trained(rest), **how)
     if isinstance(beside, Pending):  # what changes of matrices is known to all blocks
         return (), rest
     places = [place for _, place in stage.layout.matrices]
