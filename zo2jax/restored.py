@@ -70,7 +70,7 @@ class Restored:
 
     def arrays(self, name: str, step: int) -> Params:
         """The leaves of a block as arrays after so many steps, of which none is before the snapshot."""
-        if not self._kept.moves(name) or (not self._steps.of and step == self._number):
+        if self._is_saved(name, step):
             layout = self._kept.shapes[name], self._kept.layouts[name], self._kept.direction
             return merge(name, self._leaves(name), self._beside(name), *layout)
         with closing(self._weights(name, step)) as weights:
@@ -78,10 +78,14 @@ class Restored:
 
     def beside(self, name: str, step: int) -> Params:
         """What is beside the matrices of a block after so many steps, of which none is before the snapshot."""
-        if not self._kept.moves(name) or (not self._steps.of and step == self._number):
+        if self._is_saved(name, step):
             return self._beside(name)
         with closing(self._weights(name, step)) as weights:
             return jax.tree.map(on_host, weights.stream.beside(name))
+
+    def _is_saved(self, name: str, step: int) -> bool:
+        """Whether the snapshot has a block as it is after so many steps."""
+        return not self._kept.moves(name) or (not self._steps.of and step == self._number)
 
     def _weights(self, name: str, step: int) -> Weights:
         """Those of a block after so many steps."""
