@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import bits
+from pallas_kernels.lowrank import add_lowrank
 from pallas_kernels.perturb import perturb
 from pallas_kernels.perturb_codes import perturb_codes
 from pallas_kernels.quantized import decode, quantize, quantize_rows
@@ -168,6 +169,38 @@ class Rows(NamedTuple):
         return lambda x: tuple(quantize_rows(x, members=self.members, implementation=implementation))
 
 
+class Lowrank(NamedTuple):
+    """A call of `add_lowrank`: the weights stand for the activations of so many members, before and after a product.
+
+    >>> Lowrank().bytes(1000, 2)
+    6000
+    """
+
+    members: int = 8
+    rank: int = 8
+    in_place: bool = False
+    noise: bool = False
+
+    def bytes(self, size: int, itemsize: int) -> int:
+        """x and y in, y out; the factors are left out."""
+        return 3 * size * itemsize
+
+    def inputs(self, array: jax.Array, key: jax.Array) -> tuple[jax.Array, ...]:
+        """(y, x, v, f).
+
+        >>> [a.shape for a in Lowrank(2).inputs(jnp.ones((4, 3)), jax.random.key(0))]
+        [(2, 2, 3), (2, 2, 3), (2, 3, 8), (2, 3, 8)]
+        """
+        members = self.members if len(jnp.atleast_2d(array)) % self.members == 0 else 1
+        x = array.reshape(members, -1, array.shape[-1] if array.ndim else 1)
+        v, f = (EPS * jax.random.normal(k, (members, x.shape[2], self.rank)) for k in jax.random.split(key))
+        return x + x, x, v, f
+
+    def step(self, implementation: str, dtype: str) -> Step:
+        """A function of y, x, v and f."""
+        return lambda *given: (add_lowrank(*given, implementation=implementation),)
+
+
 @partial(jax.jit, static_argnums=(1, 2))
 def _encoded(array: jax.Array, bits: int, group: int | None = None) -> Codes:
     return quantize(jnp.atleast_2d(array), bits, group)
@@ -194,6 +227,7 @@ OPS: dict[str, Operation] = {
     "decode_int4": Decode(4, 64),
     "rows": Rows(),
     "rows_2_members": Rows(2),
+    "lowrank": Lowrank(),
 }
 """By name. Probes have one direction, and a second one is the first with the other sign."""
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import jax
@@ -109,8 +110,13 @@ def write_members(
         chunk = range(start, min(start + _TOGETHER, members))
 
         def accumulate(k: Any, deltas: tuple[jax.Array, ...], chunk: range = chunk) -> tuple[jax.Array, ...]:
-            noise = z(keys[k, 0], keys[k, 1])
-            return tuple(delta + matrix[m, k] * noise for m, delta in zip(chunk, deltas, strict=True))
+            def add(deltas: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                noise = z(keys[k, 0], keys[k, 1])
+                return tuple(delta + matrix[m, k] * noise for m, delta in zip(chunk, deltas, strict=True))
+
+            # Members of most estimators move along few directions: the others need no z.
+            along = reduce(lambda a, b: a | b, (matrix[m, k] != np.float32(0) for m in chunk))
+            return lax.cond(along, add, lambda deltas: deltas, deltas)
 
         deltas = lax.fori_loop(0, directions, accumulate, tuple(zeros() for _ in chunk))
         for m, delta in zip(chunk, deltas, strict=True):

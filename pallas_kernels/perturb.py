@@ -21,7 +21,8 @@ from pallas_kernels.reference import Address, Probes, Rounding, Shard, Terms
 
 plgpu: Any = mosaic_gpu  # untyped: kernels need more of it than the oldest jax supported has
 
-_TILES = (512, 256, 128)  # groups of four weights in one program: the first that divides the array
+_TILES = (512, 256, 128)  # groups of four weights in one program: the first that divides the array into enough programs
+_PROGRAMS = 256  # that keep a GPU busy
 ALIGNMENT = _TILES[0] * bits.GROUP
 """Arrays that lie in a page (`perturb_in_page`) begin at multiples of so many elements."""
 _THREADS = 128
@@ -210,7 +211,8 @@ def _launch(
     shape = w.shape if plan.in_page is None else plan.in_page
     step = _TILES[-1 if plan.in_page is None else 0]
     padded = -(-groups // step) * step
-    tile = next(t for t in _TILES if padded % t == 0)
+    enough = 1 if plan.in_page is not None else _PROGRAMS
+    tile = next(t for t in _TILES if padded % t == 0 and (padded // t >= enough or t == step))
     tiled = (padded // tile, tile, bits.GROUP)
 
     def pack(x: jax.Array) -> jax.Array:

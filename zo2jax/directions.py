@@ -444,15 +444,16 @@ def u_scale_of(rank: int) -> np.float32:
 
 @lru_cache
 def u_pair(direction: Direction) -> bits.WordMap:
-    """The two entries of U of a `lowrank` direction that come from a word, as `factors` has them.
+    """The two entries of U of a `lowrank` direction, or of that of B of `lora`, that come from a word; see `factors`.
 
     >>> [float(u) for u in u_pair(lowrank(4))(jnp.uint32(0x12345678))]
     [-0.6025390625, 0.9794921875]
     """
+    scale = u_scale_of(direction.rank) if direction.adapter is None else np.float32(direction.adapter)
 
     def pair(word: jax.Array) -> tuple[jax.Array, jax.Array]:
         first, second = direction.pair(word)
-        return bits.cut12(first * u_scale_of(direction.rank)), bits.cut12(second * u_scale_of(direction.rank))
+        return bits.cut12(first * scale), bits.cut12(second * scale)
 
     return pair
 

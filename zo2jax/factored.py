@@ -24,17 +24,18 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import bits
-from pallas_kernels.perturb import Terms, perturb
+from pallas_kernels.lowrank import add_lowrank
+from pallas_kernels.perturb import Probes, Shard, Terms, perturb
 from pallas_kernels.quantized import Codes
 from pallas_kernels.reference import decayed
 from zo2jax.directions import Direction, expand, factors, leaf_id, matrix_shape, u_pair
 from zo2jax.models.blocks import Params, set_leaf
-from zo2jax.models.layers import product
 from zo2jax.models.quantized import cut, dense, rows_of, times
 from zo2jax.pages import Layout, Place, codes_in, encoded, flat
 from zo2jax.pending import merged as with_pending
 from zo2jax.pending import saved_pending
-from zo2jax.updates import Update, by_leaf, combined, folded, in_order, joined
+from zo2jax.probes import of_member
+from zo2jax.updates import Update, by_leaf, combined, folded, in_order, joined, repeated
 
 
 class Basis(NamedTuple):
@@ -82,18 +83,24 @@ class Sum(NamedTuple):
         True
         """
         if update.decay.ndim:
-            if self.n is None and direction.adapter is None:  # all from one read of P
+            if self.n is None:  # all from one read of P
                 terms = Terms(keys[..., 0, :], bits.cut12(update.coefs), bits.cut12(update.decay), count)
-                return Sum(perturb(self.p, terms, pair=u_pair(direction))[0])
+                return Sum(_moved(self.p, terms, direction, shape[0]))
             one = lambda held, update: held.moved(update, update.keys, direction, shape)  # noqa: E731
             return in_order(one, self, update._replace(keys=keys), count)
         coefs, decay = (bits.cut12(x) for x in (update.coefs, lax.optimization_barrier(update.decay)))
         if self.n is None:
-            return Sum(decayed(self.p, combined(keys, coefs, shape, direction), decay, jnp.float32))
+            return Sum(_moved(self.p, Terms(keys[None, :, 0], coefs[None], decay[None]), direction, shape[0]))
         assert update.fresh is not None, "an optimizer with momentum says so in its updates"
         fresh = bits.cut12(lax.optimization_barrier(update.fresh))
         n = decayed(self.n, combined(keys, bits.cut12(fresh * coefs), shape, direction), fresh, jnp.float32)
         return Sum(decayed(self.p, jnp.where(fresh > 0, n, 0), decay, jnp.float32), n)
+
+
+def _moved(p: jax.Array, terms: Terms, direction: Direction, rows: int) -> jax.Array:
+    """The P of a matrix of so many rows after ``terms``, from one read of it."""
+    moved = [part.drawn(terms, None)[0] for part in _parts(p, direction, rows)]
+    return moved[0] if len(moved) == 1 else jnp.concatenate(moved)
 
 
 class Beside(NamedTuple):
@@ -167,12 +174,11 @@ class Factored:
     def product(self, x: jax.Array, dtype: Any) -> jax.Array:
         """X [..., n_in] -> x by the transposed matrix, in ``dtype``."""
         x, matrix = lax.optimization_barrier((x, self._matrix))  # as in `zo2jax.probes.Matrices.product`
-        along = product(x, self._v.T.astype(x.dtype), jnp.float32)
         exact = jnp.float32 if self._compute == "int8" else dtype  # what no unit of 16 bits made is not rounded to them
-        y = self._scale * times(x, matrix, exact, self._compute).astype(jnp.float32)
-        for j in range(self._v.shape[1]):  # a sum that becomes part of what reads y, not one more product
-            y = y + along[..., j, None] * self._f[:, j]
-        return y.astype(dtype)
+        y = times(x, matrix, exact, self._compute)
+        if not self._v.shape[1]:
+            return (self._scale * y.astype(jnp.float32)).astype(dtype)
+        return _with_lowrank(y, x, self._v, self._f, self._scale).astype(dtype)
 
     def array(self) -> jax.Array:
         """The matrix itself, for modules that know no `Weight`."""
@@ -195,6 +201,27 @@ class Factored:
             return Factored(matrix, self.dtype, self._scale, f, self._v, self._compute)
 
         return slab
+
+
+@jax.custom_batching.custom_vmap
+def _with_lowrank(y: jax.Array, x: jax.Array, v: jax.Array, f: jax.Array, scale: jax.Array) -> jax.Array:
+    """scale y + (x V) F^T for y [.., n_out], x [.., n_in] of one member; under vmap of all, by one program."""
+    return _of_members(y[None], x[None], v[None], f[None], scale)[0]
+
+
+@_with_lowrank.def_vmap
+def _(size: int, in_batched: Any, y: jax.Array, x: jax.Array, v: jax.Array, f: jax.Array, scale: jax.Array) -> Any:
+    assert not in_batched[4], "members share what went of W"
+    y, x, f = (
+        a if batched else repeated(a, size)
+        for a, batched in zip((y, x, f), (*in_batched[:2], in_batched[3]), strict=True)
+    )
+    return _of_members(y, x, v if in_batched[2] else v[None], f, scale), True
+
+
+def _of_members(y: jax.Array, x: jax.Array, v: jax.Array, f: jax.Array, scale: jax.Array) -> jax.Array:
+    rows, of_x = (a.reshape(len(a), -1, a.shape[-1]) for a in (y, x))
+    return add_lowrank(rows, of_x, v, f, scale).reshape(y.shape)
 
 
 class Factors:
@@ -245,19 +272,42 @@ class Factors:
         if own is None:
             nothing = jnp.float32(1), jnp.zeros((rows, 0)), jnp.zeros((columns, 0))
             return Factored(matrix, dtype, *nothing, place.compute)
-        f = own.p
+        parts = _parts(own.p, self._direction, rows)
         if member is not None:
             assert self._probes is not None
-            keys, coefs = self._probes.keys[index], self._probes.matrix[index][member]
-            f = f + combined(keys, coefs, (rows, columns), self._direction)
+            probes = Probes(self._probes.keys[index][:, 0], self._probes.matrix[index])
+            drawn = [part.drawn(None, probes)[1] for part in parts]  # of all members
+            parts = [part._replace(p=of_member(member, members)) for part, members in zip(parts, drawn, strict=True)]
         if self._direction.adapter is not None:
-            return Factored(matrix, dtype, self._scale, f[:rows], f[rows:], place.compute)
+            return Factored(matrix, dtype, self._scale, parts[0].p, parts[1].p, place.compute)
         v = basis_of(self._basis, self._ids[index], place.shape, self._direction)
-        return Factored(matrix, dtype, self._scale, f, v, place.compute)
+        return Factored(matrix, dtype, self._scale, parts[0].p, v, place.compute)
 
     def settle_all(self) -> tuple[Sum | None, ...]:
         """What is kept of each matrix, with the update."""
         return self.sums
+
+
+class _Part(NamedTuple):
+    """Rows of a P: all of it; or of an adapter's, in which z is another one, those of B or of A^T."""
+
+    p: jax.Array
+    start: int
+    whole: tuple[int, int]
+    pair: bits.WordMap
+
+    def drawn(self, terms: Terms | None, probes: Probes | None) -> tuple[jax.Array, jax.Array | None]:
+        """After ``terms``, and probes of it: each number of U is drawn once, for all of them. Keys are those of U."""
+        shard = None if self.p.shape == self.whole else Shard((self.start, 0), self.whole)
+        return perturb(self.p, terms, probes, pair=self.pair, shard=shard)
+
+
+def _parts(p: jax.Array, direction: Direction, rows: int) -> list[_Part]:
+    """Those of the P of a matrix of so many rows."""
+    whole = (p.shape[0], p.shape[1])
+    if direction.adapter is None:
+        return [_Part(p, 0, whole, u_pair(direction))]
+    return [_Part(p[:rows], 0, whole, u_pair(direction)), _Part(p[rows:], rows, whole, direction.pair)]
 
 
 @jax.jit

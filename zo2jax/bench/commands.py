@@ -1,4 +1,4 @@
-"""The arguments of ``zo2jax bench step | throughput | ablation | trace | replay | checkpoint``."""
+"""The arguments of ``zo2jax bench step | throughput | ablation | trace | replay | checkpoint | population``."""
 
 import argparse
 import sys
@@ -10,6 +10,7 @@ from rich.console import Console
 from zo2jax.bench.ablation import ablation
 from zo2jax.bench.keeping import CHECKPOINT, REPLAY, measure_checkpoint, measure_replay
 from zo2jax.bench.peers import DTYPES, Peer, asked, measure_peer, named
+from zo2jax.bench.population import Population, population
 from zo2jax.bench.process import measured, new_file
 from zo2jax.bench.report import figures_table, save, throughput_table
 from zo2jax.bench.shapes import DEFAULT, SHAPES, Work
@@ -94,6 +95,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub = commands.add_parser("checkpoint", help="steps before, during and after a checkpoint in the background")
     _add_setting(sub)
 
+    sub = commands.add_parser("population", help="adapters along many directions at once, and one after the other")
+    _add_population(sub)
+
+
+def _add_population(sub: argparse.ArgumentParser) -> None:
+    default = Population("tiny")
+    sub.add_argument("--model", required=True, choices=sorted(SHAPES), help="the shape; its weights are random")
+    sub.add_argument("--layers", type=int, help="cut the model to so many layers")
+    sub.add_argument("--rows", type=int, default=default.rows, help="rows in a batch")
+    sub.add_argument("--tokens", type=int, default=default.tokens, help="tokens in a row")
+    sub.add_argument("--rank", type=int, default=default.rank, help="of the adapters")
+    sub.add_argument("--directions", type=int, default=default.directions, help="each of which is taken both ways")
+    sub.add_argument("--targets", nargs="*", default=default.targets, help="patterns of what has an adapter; none: all")
+    sub.add_argument("--tier", choices=("device", "host"), default=default.tier, help="where blocks live")
+    sub.add_argument("--steps", type=int, default=default.steps, help="steps that are timed, each by itself")
+    sub.add_argument("--json", metavar="FILE", help="write all numbers here")
+
 
 def _add_step(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("shape", choices=sorted(SHAPES), help="the model")
@@ -138,6 +156,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.bench == "step":
         work = Work(**{name: getattr(arguments, name) for name in ("tokens", "rows", "candidates", "steps")})
         step(arguments.shape, layers=arguments.layers, work=work, what=arguments.what)
+        return
+    if arguments.bench == "population":
+        names = {field.name for field in fields(Population)}
+        given = {name: value for name, value in vars(arguments).items() if name in names}
+        population(Population(**given | {"targets": tuple(arguments.targets)}), arguments.json)
         return
     names = {field.name for field in fields(Setting)}
     setting = Setting(**{name: value for name, value in vars(arguments).items() if name in names})

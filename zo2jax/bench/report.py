@@ -89,13 +89,13 @@ _LINES = (  # what it is called, the figures, digits, and the figures of a peer 
 )
 
 
-def figures_table(found: Numbers, lines: Sequence[tuple[str, Sequence[str], int]]) -> Table:
-    """A line for each label whose figures, of these names and so many digits, were measured.
+def figures_table(found: Numbers, lines: Sequence[tuple[str, Sequence[str], int]], of: str | None = None) -> Table:
+    """A line for each label whose figures, of these names and so many digits, were measured; ``of`` is its title.
 
     >>> figures_table(_EXAMPLE | {"ms": 2.0}, [("step, ms", ("ms",), 1), ("load, s", ("load_s",), 1)]).row_count
     1
     """
-    table = Table(title=title(found), show_header=False)
+    table = Table(title=title(found) if of is None else of, show_header=False)
     for label, names, digits in lines:
         figures = [found.get(name) for name in names]
         if any(figure is not None for figure in figures):

@@ -43,7 +43,11 @@ _TINY: dict[str, Any] = {
 SHAPES: dict[str, Decoder] = {name: _config(spec) for name, spec in MODELS.items()}
 SHAPES["tiny"] = _config(MODELS["llama-7b"]._replace(**_TINY))
 SHAPES["opt-tiny"] = _config(MODELS["opt-1.3b"]._replace(**_TINY))
-"""Shapes by name, those of `pallas_kernels.specs` and two small ones. OPT's head is untied, as in ZO2's benchmark."""
+_GPT2: dict[str, Any] = {"vocabulary": 50257, "hidden": 768, "layers": 12, "heads": 12, "ffn": 3072}
+_GPT_J: dict[str, Any] = {"vocabulary": 50400, "hidden": 4096, "layers": 28, "heads": 16, "ffn": 16384}
+SHAPES["gpt2"], SHAPES["gpt-j-6b"] = (_config(MODELS["opt-1.3b"]._replace(**sizes)) for sizes in (_GPT2, _GPT_J))
+"""Shapes by name, those of `pallas_kernels.specs`, two small ones, and the sizes of GPT-2 and GPT-J in the form of OPT,
+whose head is untied, as in ZO2's benchmark."""
 
 
 @dataclass(frozen=True)

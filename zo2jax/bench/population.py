@@ -1,0 +1,270 @@
+"""``zo2jax bench population``: adapters along many directions at once, beside one after the other, and backpropagation.
+
+All in one process, so that rates are those of one machine in one state.
+"""
+
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+
+from zo2jax.bench.process import machine, measured, memory, new_file
+from zo2jax.bench.report import figures_table, save
+from zo2jax.bench.shapes import SHAPES, Work, random_model
+from zo2jax.bench.throughput import NO_PREALLOCATION, WARM_UPS, timed_step
+from zo2jax.directions import Direction, lora
+from zo2jax.estimators import Estimator, averaged, two_point
+from zo2jax.models.blocks import Kind, Params, kinds, set_leaf, tied_leaves, with_tied
+from zo2jax.models.layers import product
+from zo2jax.models.model import Model
+from zo2jax.optimizers import sgd
+from zo2jax.pages import flat
+from zo2jax.plan import Plan, Tier
+from zo2jax.run import Run
+
+LINES = (
+    ("one step of all directions, ms", ("ms",), 2),
+    ("  in pairs, one after the other in each block, ms", ("pairs_ms",), 2),
+    ("steps of one direction each, one after the other, ms", ("apart_ms",), 2),
+    ("  / all at once", ("speedup",), 2),
+    ("products with all matrices alone, ms / in them TFLOP/s", ("products_ms", "products_tflops"), 2),
+    ("  / one step of all directions", ("share_of_ceiling",), 3),
+    ("projected gradients, all at once and in pairs: largest difference / root mean square", ("g_error",), 4),
+    ("backpropagation into the adapters, with Adam, ms / all directions in it", ("backward_ms", "backward_ratio"), 2),
+    ("peak device memory after: one direction, backpropagation, all directions, GiB", ("peaks_gib",), 2),
+)
+"""The lines of the table, see `zo2jax.bench.report.figures_table`."""
+
+_EPS = 1e-2
+_LOGITS = 8192  # rows of a head's matrix that are multiplied at once, as they are in a step
+
+
+@dataclass(frozen=True)
+class Population:
+    """What is measured: adapters of a model with random weights, along so many directions, both ways.
+
+    >>> Population("llama-7b").members
+    40
+    """
+
+    model: str
+    layers: int | None = None
+    """Cuts the model to so many."""
+    rows: int = 1
+    tokens: int = 256
+    rank: int = 8
+    directions: int = 20
+    targets: tuple[str, ...] = ("*.attn.q.*", "*.attn.v.*")
+    """Of the adapters: queries and values, as in MeZO (arXiv 2305.17333, appendix E.3); all matrices if empty."""
+    tier: Tier = "device"
+    steps: int = 5
+    """That are timed, each by itself."""
+
+    def __post_init__(self) -> None:
+        """Checks what can be checked before anything is measured."""
+        if self.model not in SHAPES:
+            raise ValueError(f"model is {self.model!r}, expected one of {', '.join(SHAPES)}")
+        for name, least in (("rows", 1), ("tokens", 2), ("rank", 1), ("directions", 1), ("steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected {least} or more")
+
+    @property
+    def members(self) -> int:
+        """Forward passes of a step."""
+        return 2 * self.directions
+
+    @property
+    def direction(self) -> Direction:
+        """The adapters."""
+        return lora(self.rank, 2 * self.rank, targets=self.targets)
+
+    def estimator(self, directions: int) -> Estimator:
+        """Two-point, along so many directions."""
+        return averaged(two_point(_EPS, direction=self.direction), directions)
+
+
+def population(setting: Population, json: str | None = None) -> dict[str, Any]:
+    """Measures a setting in a process of its own, prints a table, and writes all numbers to ``json``.
+
+    Raises:
+        ValueError: for a file that cannot be written, before anything is run.
+        RuntimeError: if the measurement fails.
+    """
+    path = new_file(json)
+    found: dict[str, Any] = measured("population", measure_population, setting, env=NO_PREALLOCATION)
+    of = f"{setting.model}, {setting.rows} x {setting.tokens} tokens, rank {setting.rank}, {setting.directions} "
+    of += f"directions both ways, tier {setting.tier}; {found['device']}"
+    Console().print(figures_table(found, LINES, of))
+    save(found, path)
+    return found
+
+
+def measure_population(setting: Population) -> dict[str, Any]:
+    """Times a step of all directions at once, and what it is compared with; times end in _ms.
+
+    >>> found = measure_population(Population("tiny", layers=1, tokens=8, directions=2, steps=1))
+    >>> found["g_error"] < 1e-3, found["ms"] > 0, found["share_of_ceiling"] > 0
+    (True, True, True)
+    """
+    model = random_model(setting.model, setting.layers)
+    batch = Work(tokens=setting.tokens, rows=setting.rows).batch(model.config.vocabulary)
+    found: dict[str, Any] = machine() | {"setting": asdict(setting), "parameters": model.parameter_count}
+    found |= _products(model, setting)
+    peaks = []
+    with _running(setting, model, 1) as run:
+        found["apart_ms"] = setting.directions * _median(partial(timed_step, run, batch), setting.steps)
+    peaks.append(memory()["peak_device_gib"])
+    if setting.tier == "device":
+        found["backward_ms"] = _backward(model, setting, batch)
+        peaks.append(memory()["peak_device_gib"])
+    first = {}
+    for name, at_once in (("pairs_ms", 2), ("ms", None)):
+        with _running(setting, model, setting.directions, at_once) as run:
+            first[name] = np.asarray(run.step(batch).projected_gradient)
+            found[name] = _median(partial(timed_step, run, batch), setting.steps)
+    peaks.append(memory()["peak_device_gib"])
+    g, pairs = first["ms"], first["pairs_ms"]
+    found["g_error"] = float(np.abs(g - pairs).max() / np.sqrt(np.mean(np.square(pairs))))
+    found["g_rms"] = float(np.sqrt(np.mean(np.square(pairs))))
+    found["speedup"] = found["apart_ms"] / found["ms"]
+    found["share_of_ceiling"] = found["products_ms"] / found["ms"]
+    found["backward_ratio"] = found["ms"] / found["backward_ms"] if "backward_ms" in found else None
+    return found | memory() | {"peaks_gib": None if None in peaks else peaks}
+
+
+def _median(step: Callable[[], float], count: int) -> float:
+    """Milliseconds of a step that gives seconds."""
+    for _ in range(WARM_UPS):
+        step()
+    return statistics.median(step() for _ in range(count)) * 1e3
+
+
+@contextmanager
+def _running(setting: Population, model: Model, directions: int, at_once: int | None = None) -> Iterator[Run]:
+    tiers = {block.name: setting.tier for block in model.blocks}
+    options: dict[str, Any] = {"key": jax.random.key(0), "replay_within": math.inf}
+    with tempfile.TemporaryDirectory() as directory:
+        plan = Plan(tiers, probe_batch=at_once)
+        estimator = setting.estimator(directions)
+        with Run(model, estimator, sgd(1e-6), directory=directory, plan=plan, **options) as run:
+            yield run
+
+
+def _products(model: Model, setting: Population) -> dict[str, float]:
+    """Milliseconds of the products of all members with all matrices, and nothing else, each as a step makes it."""
+    rows = setting.members * setting.rows * setting.tokens
+    counts: dict[tuple[int, int], float] = {}
+    dtype = model.dtype
+    for block in model.blocks:
+        for leaf in flat(block.shapes).values():
+            if leaf.ndim == 2 and block.name != "embed":
+                head = block.name == "head" and leaf.shape[0] > _LOGITS
+                shape, share = ((_LOGITS, leaf.shape[1]), leaf.shape[0] / _LOGITS) if head else (leaf.shape, 1)
+                counts[shape] = counts.get(shape, 0) + share
+    total = 0.0
+    for (n_out, n_in), count in counts.items():
+        x = jax.random.normal(jax.random.key(0), (rows, n_in)).astype(dtype)
+        w = (0.02 * jax.random.normal(jax.random.key(1), (n_out, n_in))).astype(dtype)
+        total += count * _repeated(jax.jit(partial(product, dtype=dtype)), x, w)
+    flops = sum(2.0 * rows * n_out * n_in * count for (n_out, n_in), count in counts.items())
+    return {"products_ms": total, "products_tflops": flops / total / 1e9}
+
+
+def _repeated(f: Callable[..., Any], *arguments: Any) -> float:
+    """Milliseconds of a call among many."""
+    jax.block_until_ready(f(*arguments))
+    calls, times = 10, []
+    for _ in range(4):
+        start = time.perf_counter()
+        for _ in range(calls):
+            out = f(*arguments)
+        jax.block_until_ready(out)
+        times.append((time.perf_counter() - start) / calls * 1e3)
+    return statistics.median(times[1:])
+
+
+class _Adapted:
+    """W + s B A, a `zo2jax.models.layers.Weight` that can be differentiated with respect to A and B."""
+
+    def __init__(self, w: jax.Array, b: jax.Array, a: jax.Array, scale: float):
+        self._w, self._b, self._a, self._scale = w, b, a, scale
+        self.shape, self.dtype = w.shape, w.dtype
+
+    def __getitem__(self, key: Any) -> "_Adapted":
+        return self
+
+    def product(self, x: jax.Array, dtype: Any) -> jax.Array:
+        y, thin = product(x, self._w, dtype), product(x, self._a.astype(x.dtype), x.dtype)
+        return (y.astype(jnp.float32) + self._scale * product(thin, self._b.astype(x.dtype), jnp.float32)).astype(dtype)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _forward(kind: Kind, scale: float, adapters: Params, leaves: Params, carry: Any, batch: Any) -> Any:
+    held = jax.tree.map(lambda x: x, leaves)
+    for name, (b, a) in adapters.items():
+        set_leaf(held, name, _Adapted(flat(leaves)[name], b, a, scale))
+    out = kind.block.apply(held, carry, batch)
+    return out[0] / out[1] if isinstance(out, tuple) else out
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=6)
+def _pulled_back(
+    kind: Kind, scale: float, adapters: Params, leaves: Params, carry: Any, batch: Any, given: Any
+) -> tuple[Any, Any]:
+    """(gradient of the adapters, of the carry): the block is computed again."""
+    _, pull = jax.vjp(lambda adapters, carry: _forward(kind, scale, adapters, leaves, carry, batch), adapters, carry)
+    return pull(given)
+
+
+def _backward(model: Model, setting: Population, batch: Any) -> float:
+    """Milliseconds of a step of Adam on the same adapters by backpropagation, each block's activations made again."""
+    params = {name: jax.tree.map(jnp.asarray, model.source[name]) for name in model.source}
+    direction, rng = setting.direction, np.random.default_rng(0)
+    adapters: dict[str, Any] = {block.name: {} for block in model.blocks}
+    for block, leaves in params.items():
+        for name, leaf in flat(leaves).items():
+            if leaf.ndim == 2 and block != "embed" and direction.trains(f"{block}.{name}"):
+                a = rng.normal(size=(setting.rank, leaf.shape[1])) / math.sqrt(3 * leaf.shape[1])
+                adapters[block][name] = jnp.zeros((leaf.shape[0], setting.rank)), jnp.asarray(a, jnp.float32)
+    optimizer = optax.adam(1e-4)
+    state, scale = [adapters, optimizer.init(adapters)], direction.adapter
+    blocks = list(zip(model.blocks, kinds(model.blocks), strict=True))
+    first = next(i for i, (block, _) in enumerate(blocks) if adapters[block.name])
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def moved(adapters: Any, opt_state: Any, gradient: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            change, opt_state = optimizer.update(gradient, opt_state)
+        return optax.apply_updates(adapters, change), opt_state
+
+    def step() -> float:
+        start, carries, carry = time.perf_counter(), list[Any](), jnp.zeros(())
+        for i, (block, kind) in enumerate(blocks):
+            carries.append(carry if i else None)
+            held = with_tied(params[block.name], tied_leaves(block, params))
+            carry = _forward(kind, scale, state[0][block.name], held, carries[-1], batch)
+        loss, given, gradient = carry, jnp.ones((), jnp.float32), dict[str, Any]()
+        for i in range(len(blocks) - 1, first - 1, -1):
+            block, kind = blocks[i]
+            held = with_tied(params[block.name], tied_leaves(block, params))
+            gradient[block.name], given = _pulled_back(
+                kind, scale, state[0][block.name], held, carries.pop(), batch, given
+            )
+        gradient |= {block.name: {} for block, _ in blocks[:first]}
+        state[:] = moved(*state, gradient)
+        float(loss)
+        jax.block_until_ready(state[1])
+        return time.perf_counter() - start
+
+    return _median(step, setting.steps)
