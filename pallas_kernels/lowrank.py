@@ -129,6 +129,7 @@ def _launch(interpret: bool, y: jax.Array, x: jax.Array, v: jax.Array, f: jax.Ar
     """
     (members, rows, n_out), n_in = y.shape, x.shape[2]
     v, f = (jnp.pad(a, ((0, 0), (0, 0), (0, _RANK - a.shape[2]))) for a in (v, f))
+    v = lax.optimization_barrier(v.transpose(0, 2, 1))  # what is fused into a transposition reads slowly
     (v_high, v_low), (f_high, f_low) = (_halves(a, x.dtype) for a in (v, f))
     kernel = plgpu.kernel(
         partial(_body, rows // _ROWS, len(v) > 1),
@@ -138,7 +139,7 @@ def _launch(interpret: bool, y: jax.Array, x: jax.Array, v: jax.Array, f: jax.Ar
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
-    of_x = jnp.concatenate([v_high, v_high, v_high, v_low], axis=2).transpose(0, 2, 1)
+    of_x = jnp.concatenate([v_high, v_high, v_high, v_low], axis=1)
     of_y = jnp.concatenate([f_high, f_high, f_low, f_high], axis=2)
     flat = x.reshape(-1, n_in), of_x, of_y, y.reshape(-1, n_out), scale.reshape(1)
     return kernel(*flat).reshape(y.shape)

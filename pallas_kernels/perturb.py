@@ -243,7 +243,12 @@ def _launch(
     if terms is None:
         (out,) = kernel(pack(w), origin, terms, probes)
         return w, unpack(out)
-    in_place = jax.new_ref(pack(w))
+    w_packed = pack(w)
+    if plan.in_page is None:
+        # If w is a slice of a larger array, XLA would give the kernel its place there: what the kernel changes would be
+        # that array, and what the program goes on with nothing that anybody wrote.
+        w_packed = lax.optimization_barrier(w_packed)
+    in_place = jax.new_ref(w_packed)
     out = kernel(in_place, origin, terms, probes)
     moved = jax.freeze(in_place)
     moved = unpack(moved) if plan.in_page is None else moved.reshape(w.shape)

@@ -371,6 +371,22 @@ def test_kernels_lower_for_cuda(monkeypatch, name, dtype, pair, rounding, shape,
     assert lowered.as_text().count("mosaic_gpu") >= 1
 
 
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_slices_of_an_array_are_moved_apart(implementation):
+    """In one program, which could give the kernel a part of the whole array's memory to change."""
+    w, parts = weights((1200, 8)), [(0, 512), (512, 1200)]
+    terms, probes = random_terms(1, 3), Probes(keys(3), coefficients(12, 3) * np.repeat(np.eye(3), 4, 0).astype("f4"))
+
+    def moved(w, implementation):
+        found = [
+            perturb(w[a:b], terms, shard=Shard((a, 0), w.shape), implementation=implementation)[0] for a, b in parts
+        ]
+        members = [perturb(part, probes=probes, implementation=implementation)[1] for part in found]
+        return w, jnp.concatenate(found), members
+
+    assert_same_bits(*(jax.jit(moved, static_argnums=1)(w, name) for name in (implementation, "xla")))
+
+
 # --- shapes and benchmark ---------------------------------------------------------------------------------------------
 
 
