@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu
 
 from pallas_kernels import bits, reference
 from pallas_kernels.implementations import apart, choose
-from pallas_kernels.kernel_parts import FLOATS, by_lane, check_probes, word_map, write_members
+from pallas_kernels.kernel_parts import FLOATS, by_lane, check_dtype, check_probes, word_map, write_members
 from pallas_kernels.reference import Address, Probes, Rounding, Shard, Terms
 
 plgpu: Any = mosaic_gpu  # untyped: kernels need more of it than the oldest jax supported has
@@ -37,6 +37,8 @@ class _Plan(NamedTuple):
     pair: bits.WordMap
     rounding: Rounding
     implementation: str
+    dtype: Any
+    """Of members."""
     in_page: tuple[int, ...] | None = None
     """The array's shape if it lies in a page, at the tile that the origin's third number says."""
 
@@ -45,6 +47,7 @@ def perturb(
     w: jax.Array,
     terms: Terms | None = None,
     probes: Probes | None = None,
+    dtype: Any = None,
     *,
     pair: bits.WordMap = bits.normal_pair,
     rounding: Rounding = bits.round_to_nearest,
@@ -63,6 +66,7 @@ def perturb(
         w: float32, bfloat16 or float16, any shape. Its memory is reused where the caller's program lets go of it.
         terms: the updates, or None.
         probes: the probes, or None.
+        dtype: of the members, to which they are rounded; that of ``w`` if None.
         pair: the distribution of z: `bits.normal_pair`, `bits.rademacher_pair`, or another map from words to values.
         rounding: of updates of 16-bit weights: `bits.round_to_nearest` or `bits.round_stochastically`, which takes its
             bits from the update's first key.
@@ -84,7 +88,7 @@ def perturb(
     where, origin = reference.address(w.shape, shard)
     too_large = where.row_count * where.groups >= 1 << 32
     chosen = choose("perturb", implementation, f"{w.shape} has 2**34 elements or more" if too_large else None)
-    plan = _Plan(where, shard is None, pair, rounding, chosen)
+    plan = _Plan(where, shard is None, pair, rounding, chosen, _checked(dtype, w))
     if chosen == "xla" or w.size == 0 or (terms is None and probes is None):
         return _xla(plan, origin, w, terms, probes)
     if implementation is not None:
@@ -98,6 +102,7 @@ def perturb_in_page(
     shape: tuple[int, ...],
     terms: Terms | None = None,
     probes: Probes | None = None,
+    dtype: Any = None,
     *,
     pair: bits.WordMap = bits.normal_pair,
     rounding: Rounding = bits.round_to_nearest,
@@ -113,6 +118,7 @@ def perturb_in_page(
         shape: of the array.
         terms: as in `perturb`, like the rest.
         probes: the probes, or None.
+        dtype: of the members.
         pair: the distribution of z.
         rounding: of updates of 16-bit weights.
         implementation: None, or one by name.
@@ -134,7 +140,7 @@ def perturb_in_page(
             "and the array within the page"
         )
     where, origin = reference.address(shape, None)
-    options: dict[str, Any] = {"pair": pair, "rounding": rounding, "implementation": implementation}
+    options: dict[str, Any] = {"dtype": dtype, "pair": pair, "rounding": rounding, "implementation": implementation}
     ragged = where.groups * bits.GROUP != where.columns
     chosen = choose("perturb", implementation, f"{shape} has 2**34 elements or more" if size >= 1 << 34 else None)
     if chosen == "xla" or ragged or not size or (terms is None and probes is None):
@@ -144,7 +150,8 @@ def perturb_in_page(
     def sliced(_: jax.Array, page: jax.Array, terms: Terms | None, probes: Probes | None) -> Any:
         return _sliced(page, offset, shape, terms, probes, options)
 
-    launch = apart(partial(_launch, _Plan(where, True, pair, rounding, chosen, in_page=shape)), sliced)
+    plan = _Plan(where, True, pair, rounding, chosen, _checked(dtype, page), in_page=shape)
+    launch = apart(partial(_launch, plan), sliced)
     origin = jnp.append(origin, np.uint32(offset // ALIGNMENT))
     if implementation is not None:
         return launch(origin, page, terms, probes)
@@ -163,6 +170,13 @@ def _sliced(
     moved = jnp.pad(moved.reshape(-1), (0, -moved.size % ALIGNMENT)).reshape(-1, ALIGNMENT)
     rows = lax.dynamic_update_slice(page.reshape(-1, ALIGNMENT), moved, (offset // ALIGNMENT, 0))
     return rows.reshape(-1), members
+
+
+def _checked(dtype: Any, w: jax.Array) -> jnp.dtype:
+    """The dtype of members."""
+    if dtype is not None:
+        check_dtype("perturb", dtype)
+    return w.dtype if dtype is None else jnp.dtype(dtype)
 
 
 def _check(w: jax.Array, terms: Terms | None, probes: Probes | None) -> None:
@@ -188,7 +202,7 @@ def _check(w: jax.Array, terms: Terms | None, probes: Probes | None) -> None:
 def _xla(
     plan: _Plan, origin: jax.Array, w: jax.Array, terms: Terms | None, probes: Probes | None
 ) -> tuple[jax.Array, jax.Array | None]:
-    return reference.perturb(plan.where, origin, w, terms, probes, pair=plan.pair, rounding=plan.rounding)
+    return reference.perturb(plan.where, origin, w, terms, probes, plan.dtype, pair=plan.pair, rounding=plan.rounding)
 
 
 def _mosaic(
@@ -231,7 +245,7 @@ def _launch(
 
     if terms is not None and terms.used is not None:
         terms = terms._replace(used=terms.used.reshape(1))
-    members = None if probes is None else jax.ShapeDtypeStruct((probes.matrix.shape[0], *tiled), w.dtype)
+    members = None if probes is None else jax.ShapeDtypeStruct((probes.matrix.shape[0], *tiled), plan.dtype)
     kernel = plgpu.kernel(
         partial(_body, plan),
         out_type=() if members is None else (members,),

@@ -158,6 +158,7 @@ def perturb(
     w: jax.Array,
     terms: Terms | None,
     probes: Probes | None,
+    dtype: Any = None,
     *,
     pair: bits.WordMap,
     rounding: Rounding,
@@ -206,7 +207,7 @@ def perturb(
         w = wide.astype(w.dtype)
     if probes is None:
         return w, None
-    return w, members(wide, probes, lambda key: values(pair, words(key)), w.dtype)
+    return w, members(wide, probes, lambda key: values(pair, words(key)), w.dtype if dtype is None else dtype)
 
 
 def members(wide: jax.Array, probes: Probes, z: Callable[[jax.Array], jax.Array], dtype: Any) -> jax.Array:

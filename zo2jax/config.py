@@ -104,6 +104,8 @@ class Config:
     targets: str = ""
     """Patterns of the leaves that are trained, or have an adapter, separated by commas, such as ``head.*`` or
     ``*.attn.[qv].*``; empty for all."""
+    perturb_dtype: Literal["", "float32", "bfloat16", "float16"] = ""
+    """The dtype in which probes of matrices are made and multiplied; empty for that of the weights."""
     directions: int = 1
     """Directions a step."""
     estimator: Literal["two_point", "one_sided", "leave_one_out"] = "two_point"
@@ -169,6 +171,11 @@ class Config:
         for name in ("demonstrations", "prefetch", "group", "refresh", "probe_batch", "patience"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected an integer of at least 0")
+        if self.perturb_dtype and self.direction in _LOW_RANK:
+            raise ConfigError(
+                f"perturb_dtype={self.perturb_dtype}, direction={self.direction}: expected direction=normal or "
+                "rademacher, with which matrices themselves are perturbed"
+            )
         if not self.make_direction().read_only and self.format:
             raise ConfigError(
                 f"format={self.format}, direction={self.direction}, refresh=0: expected a refresh, such as 8, or "
@@ -211,7 +218,8 @@ class Config:
                 return lora(self.rank, self.alpha or None, targets=targets)
             if self.direction == "lowrank":
                 return lowrank(self.rank, refresh=self.refresh or None, targets=targets)
-            return dense(self.direction, refresh=(self.refresh or None) if self.format else None, targets=targets)
+            refresh = (self.refresh or None) if self.format else None
+            return dense(self.direction, refresh, targets=targets, perturb_dtype=self.perturb_dtype or None)
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
@@ -300,7 +308,16 @@ class Config:
         )
         neutral += () if self.format else ("format", "group")
         # Runs of versions that lack these are as with what they are by default.
-        later = ("compute", "momentum", "estimator", "micro_batches", "warmup", "clip_scale", "eps_end")
+        later = (
+            "compute",
+            "momentum",
+            "estimator",
+            "micro_batches",
+            "warmup",
+            "clip_scale",
+            "eps_end",
+            "perturb_dtype",
+        )
         neutral += tuple(name for name in later if getattr(self, name) == getattr(Config, name))
         neutral += () if self.direction in _LOW_RANK else ("rank",)
         neutral += () if self.direction == "lowrank" or (self.format and self.direction != "lora") else ("refresh",)

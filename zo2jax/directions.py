@@ -41,6 +41,8 @@ class Direction:
     """Of `lora`: what B A is multiplied by. None: matrices themselves are trained."""
     targets: tuple[str, ...] = ()
     """Patterns of the leaves that are trained; z of the others is 0. () for all, of `lora` for all matrices."""
+    perturb_dtype: str | None = None
+    """The dtype in which probes of matrices are made and multiplied; that of the weights if None."""
 
     @property
     def read_only(self) -> bool:
@@ -61,6 +63,14 @@ class Direction:
             return False
         return not self.targets or any(fnmatchcase(_plain(name), pattern) for pattern in self.targets)
 
+    def probe_dtype(self, dtype: Any) -> Any:
+        """That of probes of a matrix of this dtype.
+
+        >>> dense(perturb_dtype="bfloat16").probe_dtype(jnp.float32), normal.probe_dtype("float16")
+        (dtype(bfloat16), dtype('float16'))
+        """
+        return jnp.dtype(dtype if self.perturb_dtype is None else self.perturb_dtype)
+
     @property
     def everywhere(self) -> "Direction":
         """The same for all leaves, for programs that know which are trained."""
@@ -74,7 +84,8 @@ class Direction:
         """
         z = "normal" if self.pair is bits.normal_pair else "rademacher"
         alpha = None if self.adapter is None else self.adapter * self.rank
-        return {"z": z, "rank": self.rank, "refresh": self.refresh, "alpha": alpha, "targets": list(self.targets)}
+        found = {"z": z, "rank": self.rank, "refresh": self.refresh, "alpha": alpha, "targets": list(self.targets)}
+        return found if self.perturb_dtype is None else found | {"perturb_dtype": self.perturb_dtype}
 
     def __repr__(self) -> str:
         return self.name
@@ -87,7 +98,16 @@ rademacher = Direction("rademacher", bits.rademacher_pair)
 """z uniform on {-1, +1}^d, the perturbation of SPSA (Spall, 1992)."""
 
 
-def dense(name: str = "normal", refresh: int | None = None, *, targets: Sequence[str] = ()) -> Direction:
+_PERTURB_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def dense(
+    name: str = "normal",
+    refresh: int | None = None,
+    *,
+    targets: Sequence[str] = (),
+    perturb_dtype: str | None = None,
+) -> Direction:
     """`normal` or `rademacher`; with a ``refresh``, `zo2jax.Run` moves matrices only every so many steps, by a fold.
 
     In between they are only read, and may be codes (`zo2jax.int8`): every step adds the terms of all updates since the
@@ -99,8 +119,13 @@ def dense(name: str = "normal", refresh: int | None = None, *, targets: Sequence
     are the same for all members of a population, and `zo2jax.Run` takes a batch through them once. Without a refresh
     only.
 
+    With a ``perturb_dtype``, "float32", "bfloat16" or "float16", the probes W + eps z of matrices are rounded to that
+    dtype, and multiplied in it (on CPUs in float32), while updates move W in its own: of float32 weights 16-bit probes
+    take half the memory and the tensor cores, of 16-bit weights float32 ones lose nothing of eps z. Vectors are
+    perturbed as they are. Without a refresh only.
+
     Raises:
-        ValueError: for another name, a refresh below 1, or one with targets.
+        ValueError: for another name or dtype, a refresh below 1, or one with targets or a dtype.
 
     >>> dense("rademacher", refresh=8), dense("normal") == normal, dense(targets=("head.*",))
     (dense('rademacher', refresh=8), True, dense('normal', targets=('head.*',)))
@@ -109,13 +134,18 @@ def dense(name: str = "normal", refresh: int | None = None, *, targets: Sequence
     if name not in known:
         raise ValueError(f"direction {name!r}: expected {' or '.join(map(repr, known))}")
     targets = _patterns(targets)
+    if perturb_dtype not in (None, *_PERTURB_DTYPES):
+        raise ValueError(f"perturb_dtype is {perturb_dtype!r}, expected one of {', '.join(_PERTURB_DTYPES)}, or None")
     if refresh is None:
-        named = f"dense({name!r}, targets={targets})"
-        return replace(known[name], name=named, targets=targets) if targets else known[name]
-    if targets:
+        given = {"targets": targets, "perturb_dtype": perturb_dtype}
+        shown = "".join(f", {key}={value!r}" for key, value in given.items() if value)
+        called = f"dense({name!r}{shown})" if shown else name
+        return replace(known[name], name=called, targets=targets, perturb_dtype=perturb_dtype)
+    if targets or perturb_dtype:
+        what = f"targets {targets}" if targets else f"perturb_dtype {perturb_dtype!r}"
         raise ValueError(
-            f"refresh is {refresh}, with targets {targets}: dense directions have targets without a refresh, expected "
-            "zo2jax.lowrank (direction=lowrank) for both"
+            f"refresh is {refresh}, with {what}: dense directions have it without a refresh, expected "
+            + ("zo2jax.lowrank (direction=lowrank) for both" if targets else "one of the two")
         )
     if refresh < 1:
         raise ValueError(f"refresh is {refresh}, expected at least 1 step (4 to 16 are usual)")
@@ -195,7 +225,9 @@ def from_json(values: Mapping[str, Any]) -> Direction:
     if values["alpha"] is not None:
         return lora(values["rank"], values["alpha"], targets=values["targets"])
     how = {"refresh": values["refresh"], "targets": values["targets"]}
-    return lowrank(values["rank"], **how) if values["rank"] else dense(values["z"], **how)
+    if values["rank"]:
+        return lowrank(values["rank"], **how)
+    return dense(values["z"], **how, perturb_dtype=values.get("perturb_dtype"))
 
 
 def check_of_weights(direction: Direction) -> Direction:

@@ -64,8 +64,8 @@ class Matrices:
         return Probe(self, index, member)
 
     def dtype(self, index: int) -> jnp.dtype:
-        """Of a matrix."""
-        return self.pages[self.places[index].page].dtype
+        """Of members of a matrix."""
+        return self.direction.probe_dtype(self.pages[self.places[index].page].dtype)
 
     def noise(self, index: int) -> Any:
         """What members of a matrix are made with: its `Probes`, keys [K, 2] and coefficients [M, K]."""
@@ -115,7 +115,7 @@ class Matrices:
                 at = place.offset + start * columns
                 w = lax.dynamic_slice(page, (at,), (count * columns,)).reshape(count, columns)
             shard = Shard((start, 0), place.shape)
-            members = perturb(w, None, probes, pair=self.direction.pair, shard=shard)[1]
+            members = perturb(w, None, probes, self.dtype(index), pair=self.direction.pair, shard=shard)[1]
             assert members is not None
             return members
 
@@ -143,6 +143,7 @@ class Matrices:
             place.shape,
             terms,
             probes,
+            self.dtype(index),
             pair=self.direction.pair,
             rounding=self._rounding.apply,
         )

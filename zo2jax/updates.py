@@ -152,9 +152,9 @@ def _move_leaves(
             probes = probes if probes is None else probes._replace(keys=probes.keys[..., 0, :])
         if terms is not None and w.ndim < 2:
             terms = terms._replace(decay=None)
-        return perturb_leaf(
-            w, terms, probes, pair=direction.pair, rounding=rounding.apply, implementation=implementation
-        )
+        how: dict[str, Any] = {"pair": direction.pair, "rounding": rounding.apply, "implementation": implementation}
+        dtype = direction.probe_dtype(w.dtype) if w.ndim >= 2 else w.dtype
+        return perturb_leaf(w, terms, probes, dtype, **how)
 
     # A loop of small programs, one for each of several updates, takes a GPU longer than a kernel for each leaf.
     if len(leaves) == 1 or (used is not None and choose("perturb", None).startswith("mosaic")):
@@ -419,6 +419,8 @@ def perturb(
     params: PyTree, keys: jax.Array, coefs: jax.Array, leaf_ids: jax.Array, *, direction: Direction = normal
 ) -> PyTree:
     """A probe: theta + sum_k coefs[k] * z(keys[k]), a new pytree; rounded to nearest in 16-bit leaves.
+
+    Matrices are of the direction's ``perturb_dtype``, if it has one.
 
     >>> from zo2jax.directions import leaf_ids, rademacher
     >>> params = {"w": jnp.zeros((1, 2))}
