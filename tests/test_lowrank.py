@@ -63,6 +63,19 @@ def test_members_under_vmap_are_those_of_xla(implementation):
     assert bool((found == plain).all())
 
 
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_it_has_the_derivative_of_xla(implementation):
+    if implementation == "mosaic_portable":
+        pytest.skip("there is no portable kernel")
+    y, x, v, f, scale = arguments(*KERNEL_SHAPES[0])
+    by = [
+        jax.jit(jax.grad(lambda y, x, name=name: jnp.sum(add_lowrank(y, x, v, f, scale, implementation=name)), (0, 1)))
+        for name in (implementation, "xla")
+    ]
+    for found, plain in zip(*(of(y, x) for of in by), strict=True):
+        np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(plain, np.float32))
+
+
 @NEEDS_KERNELS
 @pytest.mark.skipif(ON_GPU, reason="lowered on the CPU")
 def test_the_kernel_lowers_for_cuda(monkeypatch):
