@@ -48,7 +48,7 @@ def test_dense_directions_have_a_refresh_with_a_format():
     ("override", "message"),
     [
         ("stepz=5", "unknown config key 'stepz': did you mean steps"),
-        ("zzz=5", "known keys are alpha, batch, clip"),
+        ("zzz=5", "known keys are alpha, anchor_directions, batch"),
         ("steps", "'steps': expected key=value"),
         ("steps=many", "steps=many: expected"),
         ("steps=1.5", "steps=1.5: expected"),
@@ -146,6 +146,21 @@ def test_a_config_makes_an_estimator(name, expected):
     config = with_overrides(Config, ["steps=4", f"estimator={name}", "directions=2", "eps=1", "eps_end=0.5"])
     scales = [float(config.make_estimator().scaled(np.ones(1, np.float32), np.uint32(t))[0]) for t in (0, 2, 9)]
     assert scales == [1.0, 0.75, 0.5] and config.may_grow() == ()
+
+
+def test_an_anchor():
+    given = ["estimator=svrg", "direction=lowrank", "refresh=5", "directions=2", "anchor_directions=10", "eps=0.5"]
+    config = with_overrides(Config, given)
+    pairs = zo.averaged(zo.two_point(0.5, direction=zo.lowrank(2, refresh=5)), 2)
+    assert str(config.make_estimator()) == str(zo.svrg(pairs, 10))
+    assert config.make_estimator().full.probes.shape == (20, 10)
+    assert config.as_json()["anchor_directions"] == 10 and "anchor_directions" not in Config().as_json()
+    with pytest.raises(ConfigError, match=r"directions=2, anchor_directions=5: .* a multiple of 2, at least 4"):
+        with_overrides(Config, [*given, "anchor_directions=5"])
+    with pytest.raises(ConfigError, match=r"estimator=svrg, .*: the direction is normal: expected zo2jax.lowrank"):
+        with_overrides(Config, [*given, "direction=normal"])
+    with pytest.raises(ConfigError, match="anchor_directions=10: expected estimator=svrg"):
+        Config(anchor_directions=10)
 
 
 def test_a_config_makes_a_plan():

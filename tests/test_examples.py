@@ -74,6 +74,18 @@ def test_compare_estimators(tiny_folder, text_file, tmp_path, monkeypatch, capsy
     assert f"-> {found['two_point'][:, -1].mean():.4f} (" in capsys.readouterr().out
 
 
+def test_svrg_error(tmp_path, monkeypatch, capsys):
+    example = load_example("svrg_error.py")
+    monkeypatch.setattr(example, "REFRESH", 5)
+    two_point = zo.two_point(1e-2, direction=zo.lowrank(2, refresh=5))
+    few = {"pairs": (zo.averaged(two_point, 3), (1e-4,)), "svrg": (zo.svrg(two_point, 20), (1e-4,))}
+    monkeypatch.setattr(example, "ESTIMATORS", few)
+    pairs, mine = example.main(total=300, seeds=8, output=tmp_path / "svrg.png").values()
+    assert pairs.shape == mine.shape == (5,) and 0 < mine.max() < pairs.mean() / 3
+    assert (tmp_path / "svrg.png").read_bytes()[1:4] == b"PNG"
+    assert "svrg, 11.2 passes a step, rate 0.0001" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_books_to_shakespeare(tmp_path, capsys):
     example = load_example("books_to_shakespeare.py")

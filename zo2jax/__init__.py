@@ -20,6 +20,7 @@ from zo2jax.estimators import Estimator as Estimator
 from zo2jax.estimators import averaged as averaged
 from zo2jax.estimators import leave_one_out as leave_one_out
 from zo2jax.estimators import one_sided as one_sided
+from zo2jax.estimators import svrg as svrg
 from zo2jax.estimators import two_point as two_point
 from zo2jax.formats import int4 as int4
 from zo2jax.formats import int8 as int8

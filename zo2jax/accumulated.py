@@ -47,7 +47,9 @@ class Accumulated(Masters):
         """Begins with nothing."""
         super().__init__(layouts, direction, rounding)
         self._places = {name: {p: i for i, (_, p) in enumerate(x.matrices)} for name, x in layouts.items()}
-        self._basis = Basis(basis, jnp.float32(0))
+        self._nothing_gone = jnp.float32(0)
+        self._basis = Basis(basis, self._nothing_gone)
+        self._none: dict[tuple[int, ...], Sum] = {}  # of an anchor, by shape
         self.sums = {
             name: tuple(self._start(name, *matrix, momentum) for matrix in x.matrices) for name, x in layouts.items()
         }
@@ -95,6 +97,18 @@ class Accumulated(Masters):
         """What a visit is given beside a block's pages; ``tied`` are the matrices that it shares, with their blocks."""
         shared = tuple(self.sums[home][self._places[home][place]] for home, place in tied)
         return Beside(self.sums[name], shared, self._basis)
+
+    def at_anchor(self, name: str, tied: Sequence[tuple[str, Place]]) -> Beside:
+        """The same of the matrices as they were when the period began: nothing, shared by those of one shape."""
+
+        def none(own: Sum | None) -> Sum | None:
+            if own is not None and own.p.shape not in self._none:
+                self._none[own.p.shape] = jax.tree.map(jnp.zeros_like, own)
+            return own and self._none[own.p.shape]
+
+        beside = self.beside(name, tied)
+        own, shared = (tuple(map(none, sums)) for sums in beside[:2])
+        return Beside(own, shared, Basis(beside.basis.key, self._nothing_gone))
 
     def update(self, updates: Update, count: Any) -> None:
         """Takes in what the first ``count`` updates let go of all matrices; P changes in visits, as adapters do."""

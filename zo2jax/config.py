@@ -15,7 +15,7 @@ import optax
 import tyro
 
 from zo2jax.directions import Direction, dense, lora, lowrank
-from zo2jax.estimators import Estimator, averaged, leave_one_out, one_sided, two_point
+from zo2jax.estimators import Estimator, averaged, leave_one_out, one_sided, svrg, two_point
 from zo2jax.formats import Format, named
 from zo2jax.models.model import Model
 from zo2jax.optimizers import Optimizer, clip_by_running_scale, sgd
@@ -108,10 +108,13 @@ class Config:
     """The dtype in which probes of matrices are made and multiplied; empty for that of the weights."""
     directions: int = 1
     """Directions a step."""
-    estimator: Literal["two_point", "one_sided", "leave_one_out"] = "two_point"
+    estimator: Literal["two_point", "one_sided", "leave_one_out", "svrg"] = "two_point"
     """What is made of them: "two_point" takes two forward passes for each and averages them, "one_sided" (FZOO, with a
     learning rate of its own) one for each and one more, "leave_one_out" one for each. The latter take two directions at
-    least."""
+    least. "svrg" compares "two_point" with the same of the weights that a period of ``refresh`` steps began with."""
+    anchor_directions: int = 0
+    """Of the first step of such a period, a multiple of ``directions``, such as twice the ``refresh``; for
+    estimator=svrg."""
     micro_batches: int = 1
     """In which the ``batch`` rows of a step are computed, for activations of one of them."""
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""
@@ -231,14 +234,18 @@ class Config:
         """
         direction = self.make_direction()
         eps = optax.linear_schedule(self.eps, self.eps_end, self.steps) if self.eps_end else self.eps
-        if self.estimator == "two_point":
-            one = two_point(eps, direction=direction)
-            return one if self.directions == 1 else averaged(one, self.directions)
-        make = {"one_sided": one_sided, "leave_one_out": leave_one_out}[self.estimator]
+        if self.anchor_directions and self.estimator != "svrg":
+            raise ConfigError(f"anchor_directions={self.anchor_directions}: expected estimator=svrg with them")
         try:
+            if self.estimator in ("two_point", "svrg"):
+                one = two_point(eps, direction=direction)
+                one = one if self.directions == 1 else averaged(one, self.directions)
+                return one if self.estimator == "two_point" else svrg(one, self.anchor_directions)
+            make = {"one_sided": one_sided, "leave_one_out": leave_one_out}[self.estimator]
             return make(self.directions, eps, direction=direction)
         except ValueError as error:
-            raise ConfigError(f"estimator={self.estimator}, directions={self.directions}: {error}") from None
+            of_anchor = f", anchor_directions={self.anchor_directions}" if self.estimator == "svrg" else ""
+            raise ConfigError(f"estimator={self.estimator}, directions={self.directions}{of_anchor}: {error}") from None
 
     def make_optimizer(self) -> Optimizer:
         """SGD with the config's schedule, decay, momentum and clip."""
@@ -319,6 +326,7 @@ class Config:
             "perturb_dtype",
         )
         neutral += tuple(name for name in later if getattr(self, name) == getattr(Config, name))
+        neutral += () if self.anchor_directions else ("anchor_directions",)
         neutral += () if self.direction in _LOW_RANK else ("rank",)
         neutral += () if self.direction == "lowrank" or (self.format and self.direction != "lora") else ("refresh",)
         neutral += () if self.direction == "lora" else ("alpha",)

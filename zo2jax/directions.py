@@ -377,17 +377,26 @@ def leaf_ids(params: PyTree) -> np.ndarray:
     return np.array(ids, np.uint32)
 
 
-def step_keys(key: jax.Array, step: jax.Array, count: int, direction: Direction = normal) -> jax.Array:
+def step_keys(key: jax.Array, step: jax.Array, count: int, direction: Direction = normal, anchor: int = 0) -> jax.Array:
     """The keys of the ``count`` directions of one step: fold_in(fold_in(key, step), k), typed keys [count].
 
     Those of a `lowrank` direction are pairs, [count, 2]: of U, and of V, which is
-    fold_in(fold_in(key, 2^32 - 1), step // refresh), the quotient being 0 without a refresh.
+    fold_in(fold_in(key, 2^32 - 1), step // refresh), the quotient being 0 without a refresh. The last ``anchor`` ones
+    are the first ones of the step that the period began with (`zo2jax.svrg`).
 
     >>> step_keys(jax.random.key(0), 5, 2).shape, step_keys(jax.random.key(0), 5, 2, lowrank(2)).shape
     ((2,), (2, 2))
     """
-    at_step = jax.random.fold_in(key, step)
-    keys = jax.vmap(lambda k: jax.random.fold_in(at_step, k))(jnp.arange(count, dtype=jnp.uint32))
+
+    def of(step: jax.Array, count: int) -> jax.Array:
+        at_step = jax.random.fold_in(key, step)
+        return jax.vmap(lambda k: jax.random.fold_in(at_step, k))(jnp.arange(count, dtype=jnp.uint32))
+
+    keys = of(step, count - anchor)
+    if anchor:
+        refresh = np.uint32(direction.refresh or 1)
+        first = jnp.asarray(step, jnp.uint32) // refresh * refresh
+        keys = jnp.concatenate([keys, of(first, anchor)])
     if not direction.rank:
         return keys
     return jnp.stack([keys, jnp.broadcast_to(period_key(key, step, direction), keys.shape)], axis=1)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -37,6 +37,8 @@ class Estimator:
     a scale of 1, are multiplied and divided."""
     power: int = 1
     """Of the scale, by which coefficients are divided."""
+    full: "Estimator | None" = None
+    """Of `svrg`: what looks at the anchor, in the first step of each period."""
 
     def __post_init__(self) -> None:
         """Cuts the probe matrix to 12 significant bits and checks it."""
@@ -50,8 +52,17 @@ class Estimator:
 
     @property
     def directions(self) -> int:
-        """K, the number of directions of a step."""
-        return self.probes.shape[1]
+        """K, the number of directions of a step's update; of `svrg` the anchor's are the last ones."""
+        return self.probes.shape[1] + (0 if self.full is None else self.full.directions)
+
+    @property
+    def members(self) -> int:
+        """M, the most members that a step evaluates.
+
+        >>> two_point(0.5).members, averaged(two_point(0.5), 3).members
+        (2, 6)
+        """
+        return len(self.probes) if self.full is None else self.full.members
 
     def scaled(self, probes: jax.Array, step: jax.Array) -> jax.Array:
         """Entries of the probe matrix as they are at a step.
@@ -61,14 +72,23 @@ class Estimator:
         """
         return probes if self.eps is None else probes * self._scale(step)
 
-    def projected_gradient(self, losses: jax.Array, step: jax.Array) -> jax.Array:
+    def projected_gradient(self, losses: jax.Array, step: jax.Array, anchor: jax.Array | None = None) -> jax.Array:
         """The coefficients g, float32 [K], of a step with these losses.
+
+        Of `svrg` with the losses of the anchor's probes after those of the present weights, and ``anchor``, what the
+        step that the period began with gave; that step itself has none. If it is not finite (the step was skipped),
+        what is left is the estimate without an anchor.
 
         >>> two_point(lambda step: 0.5**step).projected_gradient(np.float32([3.0, 1.0]), np.uint32(2)).tolist()
         [4.0]
         """
-        g = self.coefficients(losses)
-        return g if self.eps is None else g / self._scale(step) ** self.power
+        if self.full is None or anchor is None:
+            g = (self if self.full is None else self.full).coefficients(losses)
+            g = g if self.eps is None else g / self._scale(step) ** self.power
+            return g if self.full is None else jnp.pad(g, (self.probes.shape[1], 0))
+        there, plain = jnp.isfinite(anchor).all(), replace(self, full=None)
+        now, then = (plain.projected_gradient(half, step) for half in jnp.split(losses, 2))
+        return jnp.where(there, anchor, 0).at[: plain.directions].set(now - jnp.where(there, then, 0))
 
     def _scale(self, step: jax.Array) -> jax.Array:
         assert self.eps is not None
@@ -98,7 +118,7 @@ class Estimator:
         [([0], [[0.5], [-0.5]]), ([1], [[0.5], [-0.5]])]
         """
         if size is None or size >= len(self.probes):
-            return [(np.arange(self.directions, dtype=np.int32), self.probes)]
+            return [(np.arange(self.probes.shape[1], dtype=np.int32), self.probes)]
         if size < 1:
             raise ValueError(f"probe_batch is {size}, expected at least 1 member")
         parts = [self.probes[start : start + size] for start in range(0, len(self.probes), size)]
@@ -215,6 +235,8 @@ def averaged(estimator: Estimator, n: int) -> Estimator:
     """
     if n < 1:
         raise ValueError(f"n is {n}, expected at least 1 copy")
+    if estimator.full is not None:
+        raise ValueError(f"the estimator is {estimator}: expected svrg around averaged(..), not in it")
     members = estimator.probes.shape[0]
 
     def coefficients(losses: jax.Array) -> jax.Array:
@@ -224,3 +246,44 @@ def averaged(estimator: Estimator, n: int) -> Estimator:
     probes = np.kron(np.eye(n, dtype=np.float32), estimator.probes)
     name = f"averaged({estimator.name}, {n})"
     return Estimator(name, probes, coefficients, estimator.direction, estimator.eps, estimator.power)
+
+
+def svrg(estimator: Estimator, directions: int) -> Estimator:
+    """Probes of the present weights against the same ones of an anchor, whose gradient is known better.
+
+    The anchor theta_0 is the weights as a period of `zo2jax.lowrank` begins, just after a fold. The first step of a
+    period looks at it along J = ``directions`` directions z_j, with its batch, and moves by their mean, sum_j g_j z_j.
+    Each later one takes every probe twice, of its weights theta and of theta_0, with the same z_k and the same batch:
+
+        sum_k (g_k(theta) - g_k(theta_0)) z_k + sum_j g_j z_j
+
+    What both have in common, of the batch and of z, drops out; what is left of the noise is that of J directions, and
+    of the first step's batch, for the whole period (so give that one more: a list of batches). The mean is that of
+    ``estimator``. (SVRG: Johnson and Zhang, NIPS 2013; MeZO-SVRG, arXiv 2404.08080, which keeps a second model.)
+
+    For `zo2jax.Run`, whose matrices are the anchor's, but for what is beside them. Twice the forward passes of
+    ``estimator``, and J / K times in the first step; no part of a population is larger than that of ``estimator``.
+
+    Args:
+        estimator: of K directions, with a `zo2jax.lowrank` direction that has a refresh.
+        directions: J, a multiple of K, at least two of them.
+
+    Raises:
+        ValueError: for another direction, J, or estimator.
+
+    >>> from zo2jax.directions import lowrank
+    >>> estimator = svrg(two_point(0.5, direction=lowrank(2)), 2)
+    >>> losses = np.float32([3.0, 1.0, 2.0, 1.0])
+    >>> first = estimator.projected_gradient(losses, np.uint32(0))
+    >>> first.tolist(), estimator.projected_gradient(losses, np.uint32(1), first).tolist()
+    ([0.0, 1.0, 0.5], [1.0, 1.0, 0.5])
+    """
+    direction, own = estimator.direction, estimator.directions
+    if estimator.full is not None:
+        raise ValueError(f"the estimator is {estimator}, which has an anchor already")
+    if not direction.rank or direction.refresh is None:
+        raise ValueError(f"the direction is {direction}: expected zo2jax.lowrank with a refresh, which anchors begin")
+    if directions % own or directions < 2 * own:
+        raise ValueError(f"directions is {directions}, expected a multiple of {own}, at least {2 * own}")
+    name = f"svrg({estimator.name}, {directions})"
+    return replace(estimator, name=name, full=averaged(estimator, directions // own))

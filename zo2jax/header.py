@@ -48,6 +48,8 @@ class Header:
     """Of updates, or of folds."""
     dtype: str = "float32"
     """Of the matrices."""
+    anchor_directions: int = 0
+    """J of `zo2jax.svrg`, the last ones of K."""
     format: Mapping[str, Any] | None = None
     """`zo2jax.formats.Format.as_json` of what matrices are kept as."""
     model: str = ""
@@ -71,11 +73,11 @@ class Header:
     ) -> "Header":
         """That of a run with these, but for the base, which nobody has read yet, and the config."""
         first, second = jax.random.key_data(key).tolist()
-        members, directions = estimator.probes.shape
         return cls(
             (first, second),
-            members,
-            directions,
+            estimator.members,
+            estimator.directions,
+            anchor_directions=0 if estimator.full is None else estimator.full.directions,
             direction=estimator.direction.as_json(),
             estimator=str(estimator),
             optimizer=optimizer.name,
@@ -97,13 +99,26 @@ class Header:
         return self.probe_batch or self.members
 
     @property
+    def present(self) -> int:
+        """How many members, the first ones, are probes of the present weights in every step.
+
+        >>> Header((0, 7), members=4).present, Header((0, 7), members=12, directions=7, anchor_directions=6).present
+        (4, 2)
+        """
+        own = self.directions - self.anchor_directions
+        return self.members * own // (self.anchor_directions or own)
+
+    @property
     def typed_key(self) -> jax.Array:
         """The key as JAX has it."""
         return jax.random.wrap_key_data(jnp.array(self.key, jnp.uint32), impl="threefry2x32")
 
     def as_json(self) -> dict[str, Any]:
         """A dictionary that JSON can hold."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        values = dataclasses.asdict(self)
+        if not self.anchor_directions:  # as of versions that lack it
+            del values["anchor_directions"]
+        return json.loads(json.dumps(values))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Header":
@@ -120,7 +135,7 @@ class Header:
         >>> Header(key=(0, 7), momentum=0.9).differences(Header(key=(0, 7)))
         ['momentum: 0.9 there, 0.0 here']
         """
-        mine, theirs = self.as_json(), other.as_json()
+        mine, theirs = ({"anchor_directions": 0, **header.as_json()} for header in (self, other))
         names = [name for name in mine if name not in ("config", "base") and mine[name] != theirs[name]]
         found = [f"{name}: {said.format(mine[name], theirs[name])}" for name in names]
         if self.base and other.base and self.base != other.base:

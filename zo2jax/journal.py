@@ -142,7 +142,8 @@ class Recorded:
 
     def __str__(self) -> str:
         """What people want to know of it, in a few lines."""
-        header, losses = self.header, self._rows["losses"].mean(axis=1)
+        header = self.header
+        losses = self._rows["losses"][:, : header.present].mean(axis=1)
         skipped = int((self._rows["flags"] & _SKIPPED).sum())
         tenth = max(len(losses) // 10, 1)
         lines = {
@@ -207,7 +208,8 @@ class Recorded:
         rows, header = self._rows[start:stop], self.header
         rows = np.concatenate([rows, np.zeros(length - len(rows), rows.dtype)])
         steps = start + np.arange(length, dtype=np.uint32)
-        keys = _keys(header.typed_key, steps, header.directions, from_json(header.direction))
+        counts, direction = (header.directions, header.anchor_directions), from_json(header.direction)
+        keys = _keys(header.typed_key, steps, *counts, direction)
         part = bits.cut12(jnp.float32(1 - header.momentum))
         fresh = jnp.where(rows["flags"] & _SKIPPED, 0, part) if header.momentum else None
         found = Update(keys, jnp.asarray(rows["coefs"]), jnp.asarray(rows["decay"]), fresh)
@@ -253,9 +255,9 @@ def _read_header(path: Path, data: bytes) -> tuple[Header, int, int]:
     return header, crc, sum(len(line) + 1 for line in lines[:3])
 
 
-@partial(jax.jit, static_argnames=("count", "direction"))
-def _keys(key: jax.Array, steps: jax.Array, count: int, direction: Direction) -> jax.Array:
-    return jax.vmap(lambda step: step_keys(key, step, count, direction))(steps)
+@partial(jax.jit, static_argnames=("count", "anchor", "direction"))
+def _keys(key: jax.Array, steps: jax.Array, count: int, anchor: int, direction: Direction) -> jax.Array:
+    return jax.vmap(lambda step: step_keys(key, step, count, direction, anchor))(steps)
 
 
 class Journal(Recorded):

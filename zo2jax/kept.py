@@ -13,7 +13,7 @@ from zo2jax.masters import masters_of
 from zo2jax.models.blocks import Params, owned_shapes, set_leaf
 from zo2jax.models.model import Model
 from zo2jax.optimizers import Optimizer
-from zo2jax.pages import Layout, layouts_of
+from zo2jax.pages import Layout, flat, layouts_of
 from zo2jax.pending import shapes_pending
 from zo2jax.stream import Stream
 from zo2jax.updates import Rounding, residual
@@ -43,6 +43,8 @@ class Kept:
     """Of a step."""
     rounding: Rounding
     momentum: bool
+    anchor: bool = False
+    """Whether there is an anchor (`zo2jax.svrg`), whose vectors are beside those of the weights."""
 
     @classmethod
     def of(cls, model: Model, estimator: Estimator, optimizer: Optimizer, rounding: Rounding) -> "Kept":
@@ -66,7 +68,7 @@ class Kept:
             )
         layouts = layouts_of(model.blocks, format)
         check_targets(owned_shapes(model.blocks), direction)
-        of_run = direction, estimator.directions, rounding, optimizer.momentum > 0
+        of_run = direction, estimator.directions, rounding, optimizer.momentum > 0, estimator.full is not None
         return cls(owned_shapes(model.blocks), layouts, *of_run)
 
     def moves(self, block: str) -> bool:
@@ -87,6 +89,12 @@ class Kept:
 
     def beside(self, block: str) -> Params:
         """What `zo2jax.stream.Stream.beside` gives of a block, as ``jax.ShapeDtypeStruct``."""
+        vectors: Params = {}
+        for name in self.layouts[block].rest if self.anchor else ():
+            set_leaf(vectors.setdefault("anchor", {}), name, flat(self.shapes[block])[name])
+        return self._beside_matrices(block) | vectors
+
+    def _beside_matrices(self, block: str) -> Params:
         layout, direction = self.layouts[block], self.direction
         if not layout.matrices or not direction.read_only:
             return {}

@@ -80,10 +80,12 @@ def conclude(
     losses: jax.Array,
     opt_state: Any,
     step: jax.Array,
+    anchor: jax.Array | None = None,
 ) -> tuple[Info, Any]:
     """From the M losses of step ``step`` (0, 1, ..) to the update that it makes, and the optimizer's next state.
 
-    Losses or coefficients that are not finite make an update that changes nothing.
+    ``anchor`` is that of `Estimator.projected_gradient`; losses of its probes are no part of the mean. Losses
+    or coefficients that are not finite make an update that changes nothing.
 
     >>> from zo2jax import sgd, two_point
     >>> estimator, optimizer = two_point(0.5), sgd(1.0)
@@ -92,13 +94,14 @@ def conclude(
     >>> float(info.update.coefs[0]), bool(info.skipped)
     (-2.0, False)
     """
-    g = estimator.projected_gradient(losses, step)
+    g = estimator.projected_gradient(losses, step, anchor)
     finite = jnp.isfinite(losses).all() & jnp.isfinite(g).all()
     coefs, decay, opt_state = optimizer.update(jnp.where(finite, g, 0), opt_state)
     good = finite & jnp.isfinite(coefs).all() & jnp.isfinite(decay)
     fresh = cut12(jnp.where(good, 1 - optimizer.momentum, 0)) if optimizer.momentum else None
     update = Update(keys, cut12(jnp.where(good, coefs, 0)), cut12(jnp.where(good, decay, 0)), fresh)
-    return Info(losses.mean(), g, losses, ~good, update), opt_state
+    present = losses if anchor is None else losses[: len(estimator.probes)]
+    return Info(present.mean(), g, losses, ~good, update), opt_state
 
 
 def begin(params: PyTree, key: jax.Array, estimator: Estimator, optimizer: Optimizer) -> State:
@@ -138,8 +141,8 @@ def mezo(loss_fn: LossFn, estimator: Estimator, optimizer: Any, *, rounding: Rou
 
     Raises:
         ValueError: at construction for an optimizer that does not commute with z, or has momentum, for `residual`
-            rounding, and for `zo2jax.lora`; by ``init`` for a key that is not threefry, for two leaves that would
-            share noise, and for targets of the direction that name no leaf.
+            rounding, for `zo2jax.lora`, and for `zo2jax.svrg`; by ``init`` for a key that is not threefry, for two
+            leaves that would share noise, and for targets of the direction that name no leaf.
         TypeError: by ``init`` for leaves of another dtype than float32, bfloat16, float16; by ``step`` for a
             loss that is not a float32 scalar.
 
@@ -157,6 +160,8 @@ def mezo(loss_fn: LossFn, estimator: Estimator, optimizer: Any, *, rounding: Rou
     if rounding == residual:
         raise ValueError(f"rounding is {rounding}, which zo2jax.Run keeps: expected stochastic or nearest")
     check_of_weights(estimator.direction)
+    if estimator.full is not None:
+        raise ValueError(f"the estimator is {estimator}: its anchor is for zo2jax.Run, which keeps it")
     indices, values = estimator.sparse_probes()
 
     def init(params: PyTree, key: jax.Array) -> State:

@@ -160,7 +160,8 @@ class Run:
         self._files = Directory(directory, header, config, may_grow, sync_every=sync_every)
         self.directory = self._files.path
         at_once = self._files.header.members_at_once  # that of a run that is there stays
-        self._chunks = [(jnp.asarray(k), jnp.asarray(rows)) for k, rows in estimator.chunks(at_once)]
+        self._chunks = _parts(estimator, at_once)
+        self._full: tuple[int, jax.Array] | None = None  # the first step of a period, and the coefficients that it gave
         if plan is not None and plan.budget is not None and at_once > header.members_at_once:
             warnings.warn(
                 f"the run evaluates {at_once} members at once, as it was begun; the plan expects "
@@ -260,9 +261,12 @@ class Run:
         keys = self._keys()
         self._weights.begin()
         up, down = self._stream.bytes_up, self._stream.bytes_down
-        sums = self._losses(keys, batch)
+        anchor = self._anchor_of(self.steps_done)
+        sums = self._losses(keys, batch, anchor is not None)
         up, down = self._stream.bytes_up - up, self._stream.bytes_down - down
-        info, state = self._concluded(keys, sums)
+        info, state = self._concluded(keys, sums, anchor)
+        if anchor is None and self._estimator.full is not None:
+            self._full = self.steps_done, info.projected_gradient
         self._record(self._pending)  # the one before; if that fails, this one was not done
         self._pending = None
         self._saver.step(self._state, self._weights)
@@ -340,22 +344,28 @@ class Run:
                 stack.callback(part.close)
             self._record(self._pending)
 
-    def _losses(self, keys: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
-        """(sums of losses, counts) of the members [M]; the weights have every update then."""
+    def _losses(self, keys: jax.Array, batch: Any, twice: bool) -> tuple[jax.Array, jax.Array]:
+        """(sums of losses, counts) of the members [M]; the weights have every update then.
+
+        If ``twice``, they are also those of the weights as the period began.
+        """
         parts = batch if isinstance(batch, list) else [batch]
         if not parts:
             raise ValueError("a step of no batches: expected a batch, or a list of them")
-        members = [(keys, self._chunks[0][1])]
-        if len(self._chunks) > 1 or self._estimator.eps is not None:
-            members = _members(self._estimator, keys, self._state.step, self._chunks)
+        chunks, estimator = self._chunks[twice], self._estimator
+        members = [(keys, chunks[0][1])]
+        if len(chunks) > 1 or estimator.eps is not None or estimator.full is not None:
+            members = _members(estimator, keys, self._state.step, chunks)
+        anchored = members if twice else []
         if self._generated is not None:
             self._weights.settle()
             visits = [(self._stream.probe_visits(some), len(some[1])) for some in members]
+            visits += [(self._stream.probe_visits(some, then=True), len(some[1])) for some in anchored]
             found = [[self._generated.sums(self._model, visit, part, n) for visit, n in visits] for part in parts]
             sums: list[Any] = [tuple(map(jnp.concatenate, zip(*of_part, strict=True))) for of_part in found]
         else:
             parts = [jax.device_put(part) for part in parts]  # may refuse what is no batch
-            sums = self._weights.train(members, parts)
+            sums = self._weights.train(members, parts, anchored)
         for part, given in zip(parts, sums, strict=True):
             if not isinstance(given, tuple):
                 raise ValueError(f"a batch of {sorted(part)} has no loss: expected 'ids' and 'targets'")
@@ -364,31 +374,50 @@ class Run:
     def _keys(self) -> jax.Array:
         """Of the directions of the next step."""
         state, estimator = self._state, self._estimator
-        return _step_keys(state.key, state.step, estimator.directions, estimator.direction)
+        of_anchor = 0 if estimator.full is None else estimator.full.directions
+        return _step_keys(state.key, state.step, estimator.directions, estimator.direction, of_anchor)
 
-    def _concluded(self, keys: jax.Array, sums: Any, step: Any = None) -> tuple[Info, State]:
+    def _concluded(self, keys: jax.Array, sums: Any, anchor: Any, step: Any = None) -> tuple[Info, State]:
         """What a step found, from (loss sums, counts) of its members, and the state after it; the next one if None."""
         how, state = (self._estimator, self._optimizer), self._state
-        info, opt_state, step = _conclude(*how, keys, sums, state.opt_state, state.step if step is None else step)
+        step = state.step if step is None else step
+        info, opt_state, step = _conclude(*how, keys, sums, state.opt_state, step, anchor)
         return info, state._replace(opt_state=opt_state, step=step)
+
+    def _since_anchor(self, step: int) -> int:
+        """How many steps the first one of its period is back; 0 without an anchor."""
+        return 0 if self._estimator.full is None else step % (self._estimator.direction.refresh or 1)
+
+    def _anchor_of(self, step: int) -> jax.Array | None:
+        """The coefficients that the first step of a period gave, for a later one; see `zo2jax.svrg`."""
+        first = step - self._since_anchor(step)
+        if first == step:
+            return None
+        if self._full is None or self._full[0] != first:  # of another process
+            info, _ = self._concluded(self._keys(), self._sums_of(first), None, np.uint32(first))
+            self._full = first, info.projected_gradient
+        return self._full[1]
 
     def _replay(self) -> None:
         """Takes the steps of the journal that are later than the weights."""
         journal = self._files.journal
         for step in range(int(self._state.step), len(journal)):
-            self._state = self._concluded(self._keys(), self._sums_of(journal.record(step)))[1]
+            self._state = self._concluded(self._keys(), self._sums_of(step), self._anchor_of(step))[1]
         self._weights.replay(journal, len(journal))
 
-    def _sums_of(self, record: Record) -> tuple[jax.Array, jax.Array]:
+    def _sums_of(self, step: int) -> tuple[jax.Array, jax.Array]:
         """What the program of a step is given to find what it found then: losses are sums over a count of 1."""
-        return jnp.asarray(record.losses), jnp.ones(len(record.losses))
+        losses = self._files.journal.record(step).losses
+        if self._since_anchor(step):
+            losses = losses[: 2 * len(self._estimator.probes)]
+        return jnp.asarray(losses), jnp.ones(len(losses))
 
     def _complete_metrics(self) -> None:
         """Writes the lines of steps that the journal has and the metrics lack, as when the run was killed between."""
         for step in sorted(set(range(1, self.steps_done + 1)) - self._metrics.trained):
-            record = self._files.journal.record(step - 1)
-            info = self._concluded(self._keys(), self._sums_of(record), np.uint32(step - 1))[0]
-            self._metrics.write(of_step(step, info.loss, info.projected_gradient, record.skipped))
+            given = self._keys(), self._sums_of(step - 1), self._anchor_of(step - 1), np.uint32(step - 1)
+            info, skipped = self._concluded(*given)[0], self._files.journal.record(step - 1).skipped
+            self._metrics.write(of_step(step, info.loss, info.projected_gradient, skipped))
 
     def _record(self, info: StepInfo | None) -> None:
         if info is None:
@@ -400,6 +429,7 @@ class Run:
         seconds = float("nan") if self._finished is None else now - self._finished
         self._finished, self._rate = now, info.tokens / seconds
         if info.step > len(self._files.journal):  # or its metrics could not be written
+            losses = np.pad(losses, (0, self._estimator.members - len(losses)))  # records have one length
             self._files.journal.append(Record(losses, coefs, decay, bool(skipped)))
         line = of_step(info.step, loss, gradient, bool(skipped))
         line["tokens_per_second"] = number(self._rate)
@@ -410,7 +440,17 @@ class Run:
         self._skipped_in_row = self._skipped_in_row + 1 if skipped else 0
 
 
-_step_keys = jax.jit(step_keys, static_argnums=(2, 3))
+_step_keys = jax.jit(step_keys, static_argnums=(2, 3, 4))
+
+
+def _parts(estimator: Estimator, at_once: int) -> dict[bool, Any]:
+    """The population in parts, see `Estimator.chunks`; True: of steps that take them once more, of their anchor."""
+    found = {False: estimator.chunks(at_once)}
+    if estimator.full is not None:
+        at_once, own = min(at_once, len(estimator.probes)), estimator.probes.shape[1]
+        first = [(k + own, rows) for k, rows in estimator.full.chunks(at_once)]
+        found = {False: first, True: estimator.chunks(at_once)}
+    return jax.tree.map(jnp.asarray, found)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -428,12 +468,18 @@ def _total(sums: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _conclude(
-    estimator: Estimator, optimizer: Optimizer, keys: jax.Array, sums: Any, opt_state: Any, step: jax.Array
+    estimator: Estimator,
+    optimizer: Optimizer,
+    keys: jax.Array,
+    sums: Any,
+    opt_state: Any,
+    step: jax.Array,
+    anchor: jax.Array | None,
 ) -> tuple[Info, Any, jax.Array]:
     """From (loss sums, counts) of the members to the step's update, the optimizer's state and the next step."""
     total, count = sums
     losses = total / jnp.where(count > 0, count, 1)
-    info, opt_state = conclude(estimator, optimizer, keys, losses, opt_state, step)
+    info, opt_state = conclude(estimator, optimizer, keys, losses, opt_state, step, anchor)
     return info, opt_state, step + 1
 
 

@@ -57,6 +57,7 @@ class Stream(Mapping[str, Params]):
         fixed: whether the matrices never change, as of a stream that is not trained, or whose V never changes. Then
             blocks of the disk tier are read from the model's own files, where these have them as pages need them.
         momentum: whether updates of a low-rank direction have momentum.
+        anchor: whether probes may be those of the weights as the period began too, with a low-rank direction.
 
     Raises:
         StoreError: if there is too little host memory, or no room on the disk; if the model's files have changed.
@@ -86,6 +87,7 @@ class Stream(Mapping[str, Params]):
         *,
         fixed: bool = False,
         momentum: bool = False,
+        anchor: bool = False,
     ):
         """Reads the source into the stores."""
         self.blocks, self.plan = tuple(blocks), plan
@@ -113,6 +115,8 @@ class Stream(Mapping[str, Params]):
         self._kept = Tiers(host, disk, directory, pinned=plan.pinned)
         self._stores: dict[int, Store] = {}
         self._rest: dict[int, dict[str, Any]] = {}
+        self._anchor: dict[int, dict[str, Any]] | None = {} if anchor else None
+        """The same as the period began: of matrices nothing has to be kept for that."""
         self.in_files: list[str] = []
         """Blocks of the disk tier that stay in the model's own files; the others have page files."""
         fixed = fixed or (basis is not None and direction.refresh is None)
@@ -153,13 +157,19 @@ class Stream(Mapping[str, Params]):
         self._check_whole()
         self._left(i)
         pages, layout = self._stores[i].read(), self.layouts[name]
-        leaves = layout.unpack(pages, {name: jnp.array(leaf) for name, leaf in self._rest[i].items()})
+        leaves = layout.unpack(pages, _copied(self._rest[i]))
         return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, leaves)
 
     def beside(self, name: str) -> Params:
-        """A copy of what is beside a block's matrices, as `Accumulated.saved` or `Listed.saved` says, or {}."""
+        """A copy of what is beside a block's matrices, as `Accumulated.saved` or `Listed.saved` says, or {}.
+
+        And of its vectors as the period began, if there is an anchor.
+        """
         self._check_whole()
-        return {} if self._sums is None else self._sums.saved(name)
+        found = {} if self._sums is None else self._sums.saved(name)
+        for leaf, x in ({} if self._anchor is None else self._anchor[self._number[name]]).items():
+            set_leaf(found.setdefault("anchor", {}), leaf, jnp.array(x))
+        return found
 
     def __iter__(self) -> Any:
         """The names of the blocks, in order."""
@@ -169,18 +179,29 @@ class Stream(Mapping[str, Params]):
         """How many blocks there are."""
         return len(self.blocks)
 
-    def train(self, update: Update, probes: Sequence[Members], batches: Sequence[Batch]) -> list[Any]:
+    def train(
+        self,
+        update: Update,
+        probes: Sequence[Members],
+        batches: Sequence[Batch],
+        anchored: Sequence[Members] = (),
+    ) -> list[Any]:
         """Applies ``update`` and evaluates the probes of the result: for each batch what the last block returns.
 
         Arrays have the members in front, [M, ...]. ``probes`` are parts of the population, (keys typed [K], matrix
         float32 [M, K]) as in `zo2jax.updates.move`: while a block is on the device, they are taken through it one after
         the other, with one batch after the other; but a batch goes once through the blocks that come before all that
         is trained. The update is applied even if the model cannot take a batch.
+
+        The parts ``anchored`` are probes of the weights as the period began, in visits of the same programs; they come
+        last among the members.
         """
         self._check_whole()
-        parts = [(part, batch) for batch in batches for part in probes]
-        assert parts, "the update is in the visits of the first part"
+        every = [*probes, *anchored]
+        parts = [(part, batch) for batch in batches for part in every]
+        assert probes and parts, "the update is in the visits of the first part"
         given = [(None if j else update, *part) for j, part in enumerate(parts)]
+        then = [j % len(every) >= len(probes) for j in range(len(parts))]
         try:
             for one in given:
                 self._compile(*one)
@@ -189,14 +210,14 @@ class Stream(Mapping[str, Params]):
             self.apply(update)
             raise
         self._torn = True
-        carries = [visits.for_members(x, len(p[1])) if self._first else None for x in before for p in probes]
+        carries = [visits.for_members(x, len(p[1])) if self._first else None for x in before for p in every]
         del before
         if self._sums is not None:
             self._sums.update(update, np.int32(1))
         for i in range(self._first, len(self.blocks)):
-            self._visit(i, given, carries)
+            self._visit(i, given, then, carries)
         self._torn = False
-        count = len(probes)
+        count = len(every)
         return [_joined(carries[j : j + count]) for j in range(0, len(carries), count)]
 
     def _before(self, batches: Sequence[Batch]) -> list[Any]:
@@ -210,14 +231,24 @@ class Stream(Mapping[str, Params]):
             del held
         return carries
 
-    def _visit(self, i: int, given: Sequence[tuple[Update | None, Members, Batch]], carries: list[Any]) -> None:
-        """Takes all members a block further, with the update in the first visit; ``carries`` change."""
+    def _visit(
+        self,
+        i: int,
+        given: Sequence[tuple[Update | None, Members, Batch]],
+        then: Sequence[bool],
+        carries: list[Any],
+    ) -> None:
+        """Takes all members a block further, with the update in the first visit; ``carries`` change.
+
+        ``then`` says of which visits the weights are those of the anchor.
+        """
         stage, done = self._stages[i], []
         (pages, _), tied, read_only = self._take(i), self._tied(i), self._sums is not None
         visit, moves = visits.visit_of(stage, read_only), stage.moves and not read_only
         for j, (update, probes, batch) in enumerate(given):
-            (changed, self._rest[i]), carries[j], over = visit(
-                stage, pages, self._rest[i], tied, self._beside(i), self._ids[i], update, probes, carries[j], batch,
+            rest = self._vectors(then[j])
+            (changed, rest[i]), carries[j], over = visit(
+                stage, pages, rest[i], tied, self._beside(i, then[j]), self._ids[i], update, probes, carries[j], batch,
                 **self._how,
             )  # fmt: skip
             done.append(over)
@@ -279,15 +310,27 @@ class Stream(Mapping[str, Params]):
             moved = [*pool.map(fold, files), *map(fold, set(range(len(self.blocks))) - set(files))]
         self.bytes_up, self.bytes_down = map(sum, zip((self.bytes_up, self.bytes_down), *moved, strict=True))
         self._sums.restart(basis)
+        if self._anchor is not None:
+            self._anchor = {i: _copied(rest) for i, rest in self._rest.items()}
         self._torn = False
 
-    def _beside(self, i: int) -> ReadOnly | None:
-        """What a visit is given beside the pages, if those are only read."""
+    def _beside(self, i: int, then: bool = False) -> ReadOnly | None:
+        """What a visit is given beside the pages, if those are only read; ``then`` as the period began."""
         if self._sums is None:
             return None
         homes = [self.blocks[home].name for home in self._homes[i]]
         tied = [(home, place) for home, (_, place) in zip(homes, self._stages[i].tied, strict=True)]
-        return self._sums.beside(self.blocks[i].name, tied)
+        if not then:
+            return self._sums.beside(self.blocks[i].name, tied)
+        assert isinstance(self._sums, Accumulated), "anchors are of low-rank directions"
+        return self._sums.at_anchor(self.blocks[i].name, tied)
+
+    def _vectors(self, then: bool) -> dict[int, dict[str, Any]]:
+        """The leaves that are in no page, by block; ``then`` as the period began."""
+        if not then:
+            return self._rest
+        assert self._anchor is not None, "a stream is told that there is an anchor"
+        return self._anchor
 
     def _check_whole(self) -> None:
         """Raises StoreError after a sweep that broke off, or a page that was not kept."""
@@ -308,13 +351,17 @@ class Stream(Mapping[str, Params]):
 
         return visit
 
-    def probe_visits(self, probes: Members) -> Visit:
-        """Visits of the probes, for generation; rows stand member by member, [M b, ...]."""
+    def probe_visits(self, probes: Members, then: bool = False) -> Visit:
+        """Visits of the probes, for generation; rows stand member by member, [M b, ...].
+
+        With ``then`` they are those of the weights as the period began.
+        """
         self._check_whole()
 
         def visit(block: Block, carry: Any, batch: Batch, cache: Cache | None) -> tuple[Any, Cache | None]:
             i = self._number[block.name]
-            held, tied, beside = self._take(i), self._tied(i), self._beside(i)
+            (pages, _), tied, beside = self._take(i), self._tied(i), self._beside(i, then)
+            held = pages, self._vectors(then)[i]
             out = visits.extend(
                 self._stages[i], *held, tied, beside, self._ids[i], probes, (carry, batch), cache, **self._how
             )
@@ -378,8 +425,12 @@ class Stream(Mapping[str, Params]):
                 self.in_files.append(name)
             named = flat(leaves)
             self._rest[i] = {name: jnp.array(named[name]) for name in layout.rest}
+            beside = {} if self._sums is None else kept.get(name, {})
+            if self._anchor is not None:
+                then = flat(beside.get("anchor", {}))
+                self._anchor[i] = _copied({name: then.get(name, x) for name, x in self._rest[i].items()})
             if self._sums is not None:
-                self._sums.begin(name, named, kept.get(name, {}), keep)
+                self._sums.begin(name, named, beside, keep)
 
         order = sorted(range(len(self.blocks)), key=lambda i: -self.layouts[self.blocks[i].name].nbytes)
         if made.concurrent:
@@ -435,6 +486,10 @@ class Stream(Mapping[str, Params]):
                 raise
             del self._leaving[i]
         jax.block_until_ready([x for x in self._last.pop(i, []) if not x.is_deleted()])
+
+
+def _copied(leaves: dict[str, Any]) -> dict[str, Any]:
+    return {name: jnp.array(leaf) for name, leaf in leaves.items()}
 
 
 def _joined(parts: Sequence[Any]) -> Any:

@@ -69,7 +69,7 @@ class Weights:
         self._period = self._period_of(done if begun else max(done - 1, 0))
         plan = Plan() if plan is None else plan
         how = kept.direction, kept.rounding, plan, pages, self._basis(), beside, model.format, kept.directions
-        self.stream = Stream(model.blocks, model.source, *how, momentum=kept.momentum)
+        self.stream = Stream(model.blocks, model.source, *how, momentum=kept.momentum, anchor=kept.anchor)
         shape = (kept.directions, 2) if kept.direction.rank else (kept.directions,)
         fresh = jnp.zeros(()) if kept.momentum else None
         self._nothing = Update(jnp.broadcast_to(key, shape), jnp.zeros(kept.directions), jnp.zeros(()), fresh)
@@ -103,10 +103,10 @@ class Weights:
             assert basis is not None, "only directions with which matrices are only read have periods"
             self.stream.fold(basis)
 
-    def train(self, probes: Sequence[Members], batches: Sequence[Batch]) -> list[Any]:
+    def train(self, probes: Sequence[Members], batches: Sequence[Batch], anchored: Sequence[Members] = ()) -> list[Any]:
         """By batch, what the last block gives for the probes of the weights with every update, see `Stream.train`."""
         update, self._lacking = self._lacking, self._nothing
-        return self.stream.train(update, probes, batches)
+        return self.stream.train(update, probes, batches, anchored)
 
     def take(self, update: Update) -> None:
         """The update of a step, which is applied later."""

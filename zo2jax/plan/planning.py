@@ -309,6 +309,8 @@ class _Work:
     """Blocks whose leaves another one shares."""
     needs: list[Needs]
     members: int
+    at_once: int
+    """The most of them that are ever evaluated at once."""
     shared: bool
     """Whether all members share a matrix, as with low-rank directions."""
     prefetch: int
@@ -325,6 +327,7 @@ class _Work:
         layouts = layouts_of(model.blocks, model.format)
         vectors = sum(_nbytes(flat(shapes[name])[leaf]) for name, layout in layouts.items() for leaf in layout.rest)
         vectors += _beside(layouts, estimator.direction)
+        vectors *= 1 if estimator.full is None else 2  # an anchor has vectors, and an empty P, of its own
         owners = {block_of(owner, shapes) for block in model.blocks for owner in block.aliases.values()}
         shaped = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), batch)
         known: dict[Any, tuple[Needs, Any]] = {}
@@ -338,13 +341,13 @@ class _Work:
         sizes = {name: layout.nbytes for name, layout in layouts.items()}
         direction = estimator.direction
         how = direction.rank > 0, prefetch, direction.read_only
-        return cls(sizes, vectors, owners, needs, len(estimator.probes), *how)
+        return cls(sizes, vectors, owners, needs, estimator.members, len(estimator.probes), *how)
 
     def fitting(self, stays: Sequence[bool]) -> "_Work":
         """With the members in the fewest parts with which a step fits; in single ones if it never does."""
-        for parts in range(1, self.members + 1):
-            chunk = -(-self.members // parts)
-            chunk += chunk % 2 if chunk > 1 and self.members % 2 == 0 else 0  # pairs share their directions
+        for parts in range(1, self.at_once + 1):
+            chunk = -(-self.at_once // parts)
+            chunk += chunk % 2 if chunk > 1 and self.at_once % 2 == 0 else 0  # pairs share their directions
             work = replace(self, chunk=None if parts == 1 else chunk)
             assert self.limit is not None
             if work.budget(stays).peak <= self.limit or chunk == 1:
@@ -357,7 +360,7 @@ class _Work:
         here = [stay or not size or name in self.owners for stay, (name, size) in pairs]
         ahead = min(_AHEAD, _longest_run(here)) * max(n.carry for n in self.needs)
         streamed = [size for size, stay in zip(self.sizes.values(), here, strict=True) if not stay]
-        chunk, members = min(self.chunk or self.members, self.members), self.members * self.batches
+        chunk, members = min(self.chunk or self.at_once, self.at_once), self.members * self.batches
         waiting = (members - chunk) * max(n.carry for n in self.needs)
         return Budget(
             resident=sum(self.sizes.values()) - sum(streamed) + self.vectors,
