@@ -145,6 +145,26 @@ class Source(Mapping[str, Params]):
         """Reads one block, in which codes are as they are."""
         return self._codes[block]()
 
+    def having(self, more: Mapping[str, Callable[[], Params]]) -> "Source":
+        """The same with further leaves, or others in the place of its own: by block, what gives them by dotted name.
+
+        >>> source = Source({"norm": lambda: {"w": 2.0}}).having({"norm": lambda: {"scale.v": 1.0}})
+        >>> source["norm"], source.others("norm")
+        ({'w': 2.0, 'scale': {'v': 1.0}}, {'w': 2.0, 'scale': {'v': 1.0}})
+        """
+
+        def read(read: Callable[[], Params], more: Callable[[], Params]) -> Params:
+            leaves = jax.tree.map(lambda x: x, read())
+            for name, leaf in more().items():
+                set_leaf(leaves, name, leaf)
+            return leaves
+
+        def joined(readers: Mapping[str, Callable[[], Params]]) -> dict[str, Callable[[], Params]]:
+            return {n: partial(read, x, more[n]) if n in more else x for n, x in readers.items()}
+
+        parts = {"codes": joined(self._codes), "others": joined(self._others), "extents": self._extents}
+        return Source(joined(self._readers), concurrent=self.concurrent, **parts)
+
     def decoded(self) -> "Source":
         """The same, of which only arrays are known, and not how files keep them.
 
