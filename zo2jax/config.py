@@ -104,6 +104,10 @@ class Config:
     targets: str = ""
     """Patterns of the leaves that are trained, or have an adapter, separated by commas, such as ``head.*`` or
     ``*.attn.[qv].*``; empty for all."""
+    prefix: int = 0
+    """Learned keys and values before each row's own in every attention block, which then are all that is trained, unless
+    there are ``targets`` (``*.prefix.*`` among them); 0 for none, 5 is usual. They begin as those of the first tokens of
+    the training data; eps and learning rate are larger ones (MeZO: 1e-1, and 1e-2 or 1e-3)."""
     directions: int = 1
     """Directions a step."""
     estimator: Literal["two_point", "one_sided", "leave_one_out"] = "two_point"
@@ -166,10 +170,12 @@ class Config:
             raise ConfigError(
                 f"micro_batches={self.micro_batches}, batch={self.batch}: expected a divisor of the batch"
             )
-        for name in ("demonstrations", "prefetch", "group", "refresh", "probe_batch", "patience"):
+        for name in ("demonstrations", "prefetch", "group", "refresh", "prefix", "probe_batch", "patience"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected an integer of at least 0")
-        if not self.make_direction().read_only and self.format:
+        if self.prefix and self.direction == "lora":
+            raise ConfigError(f"prefix={self.prefix}, direction=lora: expected one of them")
+        if not self.make_direction().read_only and self.format and not self.prefix:
             raise ConfigError(
                 f"format={self.format}, direction={self.direction}, refresh=0: expected a refresh, such as 8, or "
                 "direction=lowrank"
@@ -207,11 +213,13 @@ class Config:
         """
         try:
             targets = [target.strip() for target in self.targets.split(",") if target.strip()]
+            targets = targets or ["*.prefix.*"] * (self.prefix > 0)
             if self.direction == "lora":
                 return lora(self.rank, self.alpha or None, targets=targets)
             if self.direction == "lowrank":
                 return lowrank(self.rank, refresh=self.refresh or None, targets=targets)
-            return dense(self.direction, refresh=(self.refresh or None) if self.format else None, targets=targets)
+            refresh = self.refresh if self.format and not self.prefix else 0
+            return dense(self.direction, refresh=refresh or None, targets=targets)
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
@@ -300,10 +308,11 @@ class Config:
         )
         neutral += () if self.format else ("format", "group")
         # Runs of versions that lack these are as with what they are by default.
-        later = ("compute", "momentum", "estimator", "micro_batches", "warmup", "clip_scale", "eps_end")
+        later = ("compute", "momentum", "estimator", "micro_batches", "warmup", "clip_scale", "eps_end", "prefix")
         neutral += tuple(name for name in later if getattr(self, name) == getattr(Config, name))
         neutral += () if self.direction in _LOW_RANK else ("rank",)
-        neutral += () if self.direction == "lowrank" or (self.format and self.direction != "lora") else ("refresh",)
+        codes = self.format and self.direction != "lora" and not self.prefix
+        neutral += () if self.direction == "lowrank" or codes else ("refresh",)
         neutral += () if self.direction == "lora" else ("alpha",)
         neutral += () if self.direction == "lora" or self.targets else ("targets",)
         for name in (*neutral, "tier", "device_memory", "probe_batch", "prefetch"):
