@@ -114,8 +114,8 @@ def export_prefix(model: Model, direction: Direction, folder: str | Path) -> Pat
     moved = [n for n, x in shapes.items() if direction.trains(n, x.ndim) and ".prefix." not in n and n not in kept]
     if moved or direction.adapter is not None:
         raise ValueError(
-            f"the direction is {direction}, which trains {(*moved, 'adapters')[0]} beside the prefix: PEFT's files hold "
-            "a prefix alone"
+            f"the direction is {direction}, which trains {(*moved, 'adapters')[0]} beside the prefix: PEFT's files "
+            "hold a prefix alone"
         )
     layers = [flat(model.source[block.name]["prefix"]) for block in model.blocks if block.caches]
     rows = [np.asarray(layer[part]).reshape(config.prefix, -1) for layer in layers for part in "kv"]

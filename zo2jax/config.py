@@ -105,9 +105,9 @@ class Config:
     """Patterns of the leaves that are trained, or have an adapter, separated by commas, such as ``head.*`` or
     ``*.attn.[qv].*``; empty for all."""
     prefix: int = 0
-    """Learned keys and values before each row's own in every attention block, which then are all that is trained, unless
-    there are ``targets`` (``*.prefix.*`` among them); 0 for none, 5 is usual. They begin as those of the first tokens of
-    the training data; eps and learning rate are larger ones (MeZO: 1e-1, and 1e-2 or 1e-3)."""
+    """Learned keys and values before each row's own in every attention block, which then are all that is trained,
+    unless there are ``targets`` (``*.prefix.*`` among them); 0 for none, 5 is usual. They begin as those of the first
+    tokens of the training data. eps and learning rate are larger (MeZO: 1e-1, and 1e-2 or 1e-3)."""
     directions: int = 1
     """Directions a step."""
     estimator: Literal["two_point", "one_sided", "leave_one_out"] = "two_point"

@@ -327,7 +327,7 @@ class Run:
                 `zo2jax.adapters`.
         """
         self.flush()
-        if adapter and getattr(self._model.config, "prefix", 0):
+        if adapter and self._model.config is not None and self._model.config.prefix:
             return export_prefix(self.model, self._kept.direction, folder)
         if adapter:
             return export_adapter(self._model, self._kept.direction, self._stream.beside, folder)

@@ -55,7 +55,8 @@ class Stream(Mapping[str, Params]):
         format: of the matrices; as they are if None. With a basis, or for matrices that are not trained.
         directions: of a step.
         fixed: whether the matrices never change, as of a stream that is not trained, or of which only other leaves are.
-            Then, and where V never changes, blocks of the disk tier are read from the model's own files, where these have them as pages need them.
+            Then, and where V never changes, blocks of the disk tier are read from the model's own files, where these
+            have them as pages need them.
         momentum: whether updates of a low-rank direction have momentum.
 
     Raises:

@@ -366,8 +366,8 @@ def export(model: Model, folder: str | Path) -> Path:
         raise ValueError("a model of zo2jax.blocks has no Hugging Face layout: take its params, or those of run.model")
     if model.config.prefix:
         raise ValueError(
-            f"the model has a prefix of {model.config.prefix} tokens, for which a Hugging Face folder has no place: write "
-            "it for PEFT instead (run.export(folder, adapter=True), zo2jax export RUN --adapter)"
+            f"the model has a prefix of {model.config.prefix} tokens, for which a Hugging Face folder has no place: "
+            "write it for PEFT instead (run.export(folder, adapter=True), zo2jax export RUN --adapter)"
         )
     with appearing(folder) as complete:
         _write(model, complete)
