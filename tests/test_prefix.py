@@ -18,9 +18,11 @@ import zo2jax as zo
 from zo2jax import cli
 from zo2jax.adapters import export_prefix
 from zo2jax.config import Config, ConfigError, load_config, with_overrides
-from zo2jax.directions import leaf_ids
+from zo2jax.directions import leaf_ids, step_keys
+from zo2jax.models import layers
 from zo2jax.models.blocks import Source
 from zo2jax.models.generation import sampling
+from zo2jax.models.hub import export
 from zo2jax.tasks.prepare import prepare
 from zo2jax.trained import load_model, trained_model
 from zo2jax.updates import perturb
@@ -52,6 +54,37 @@ def test_an_untrained_prefix_is_its_tokens(case):
         cached = continued(prefixed, prompts, 12, **choose)
         assert continued(prefixed, prompts, 12, cache=False, **choose) == cached
         assert expected in (None, cached)
+
+
+def test_lengths_count_the_prefix(monkeypatch):
+    """Only cuDNN looks at them."""
+    seen, attention = [], layers.attention
+    monkeypatch.setattr(layers, "attention", lambda *given: seen.append(given) or attention(*given))
+    q, k = jnp.ones((2, 3, 4, 8)), jnp.ones((2, 3, 2, 8))
+    batch, before = {"ids": jnp.ones((2, 3), jnp.int32), "lengths": jnp.array([3, 1])}, jnp.ones((5, 2, 8))
+    mixed, _ = layers.attend(q, k, k, batch, None, lambda: (before, before))
+    (query, key, value, lengths), shapes = seen[0], (mixed.shape,)
+    assert [*shapes, query.shape, key.shape, value.shape] == [(2, 3, 4, 8), (2, 8, 4, 8), (2, 8, 2, 8), (2, 8, 2, 8)]
+    assert lengths.tolist() == [8, 6]
+
+
+def test_probes_write_with_their_own_prefix(tiny_folder, tmp_path):
+    """Losses of texts that members generate, each with a cache of its own."""
+
+    def score(text, answers):
+        return float(sum(map(ord, text)))
+
+    model = zo.with_prefix(zo.load(tiny_folder), TOKENS)
+    rows, ids = [[97, 98, 99], [120, 32, 97]], leaf_ids(model.params)
+    batch = {"ids": np.array(rows, np.int32), "lengths": np.array([3, 3]), "answers": [["a"], ["c"]]}
+    how = {"directory": tmp_path, "key": jax.random.key(3), "loss": zo.Generated(score, tokens=6)}
+    with zo.Run(model, zo.two_point(30.0, direction=PREFIX), zo.sgd(1e-1), **how) as run:
+        losses = run.step(batch).losses.tolist()
+    for found, scale in zip(losses, (30.0, -30.0), strict=True):
+        params = perturb(model.params, step_keys(jax.random.key(3), 0, 1), jnp.float32([scale]), ids, direction=PREFIX)
+        texts = model.replace(params).generate(rows, 6)
+        assert found == pytest.approx(-np.mean([score(text.strip(), None) for text in texts]))
+    assert losses[0] != losses[1]
 
 
 def continued_alone(model, prompt):
@@ -132,11 +165,17 @@ def test_it_trains_alone_in_every_tier(family, dtype, format, direction, tier, t
             np.testing.assert_allclose(found, info.losses, rtol=rough)
 
 
-def test_a_run_goes_on_with_the_same_bits(tmp_path):
-    """After a kill with a checkpoint, and without one, where the prefix is made anew."""
-    model = zo.with_prefix(FAMILIES["opt"](True).init(jax.random.key(1)).with_format(zo.int8()), TOKENS)
+@pytest.mark.parametrize("format", [None, pytest.param(zo.int8(), marks=SLOW)])
+def test_a_run_goes_on_with_the_same_bits(format, tmp_path):
+    """After a kill with a checkpoint, and without one, where the prefix is made anew; matrices stay in the files."""
+    folder = export(FAMILIES["opt"](True).init(jax.random.key(1)), tmp_path / "base")
+    model = zo.with_prefix(zo.load(folder).with_format(format), TOKENS)
     given = list(batches(4))
     whole = trained(model, tmp_path / "whole", PREFIX, given=given)[0]
+    if format is None:
+        how = {"directory": tmp_path / "disk", "key": jax.random.key(5), "plan": PLANS["disk"]}
+        with zo.Run(model, zo.two_point(1e-1, direction=PREFIX), zo.sgd(1e-1), **how) as run:
+            assert run.in_files == sorted(name for name in model.source if name.startswith("layers"))
     for saved in (False, True):
         how = {"directory": tmp_path / str(saved), "key": jax.random.key(5)}
         estimator = zo.averaged(zo.two_point(1e-1, direction=PREFIX), 2)
@@ -168,7 +207,7 @@ def by_name(reference):
     return reference
 
 
-HEADS = [(case, "CausalLM") for case in MAIN]
+HEADS = [pytest.param(case, "CausalLM", marks=[SLOW] * (case == "opt 125m")) for case in MAIN]
 HEADS += [("opt 125m", "SequenceClassification"), ("llama", "QuestionAnswering")]
 
 
