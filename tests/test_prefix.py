@@ -197,7 +197,7 @@ def test_a_run_goes_on_with_the_same_bits(format, tmp_path):
 
 
 def by_name(reference):
-    """PEFT 0.21 looks for an argument of this name in classifiers, which transformers 5.30 calls otherwise."""
+    """PEFT 0.21 looks for an argument of this name in classifiers, which transformers 5.24 calls otherwise."""
     forward = reference.forward
 
     def named(input_ids=None, attention_mask=None, past_key_values=None, **others):
@@ -275,6 +275,8 @@ def test_the_command_line(tmp_path, tiny_folder, text_file, capsys):
     np.testing.assert_array_equal(tensors["prompt_embeddings"][:, :8], prefix.reshape(3, 8))
     assert cli.main(["export", str(directory), "-o", str(tmp_path / "whole")]) == 1
     assert "zo2jax export RUN --adapter" in capsys.readouterr().err
+    assert cli.main(["replay", str(tiny_folder), str(directory), "-o", str(tmp_path / "whole")]) == 1
+    assert "a run with a prefix of 3 tokens, which a folder has no place for" in capsys.readouterr().err
     assert step == 4
 
 
