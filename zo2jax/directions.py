@@ -97,7 +97,7 @@ def dense(name: str = "normal", refresh: int | None = None, *, targets: Sequence
     ``("head.*",)`` a head (its norm alone where its matrix is the embedding's), ``("*.bias",)`` biases (BitFit, Zaken
     et al., arXiv 2106.10199), ``("layers.2[0-3].*", "head.*")`` the last layers. The blocks before the first of them
     are the same for all members of a population, and `zo2jax.Run` takes a batch through them once. Without a refresh
-    only.
+    only. Where no matrix is among them, all matrices are only read, and may be codes.
 
     Raises:
         ValueError: for another name, a refresh below 1, or one with targets.

@@ -42,7 +42,8 @@ def with_prefix(model: Model, tokens: int | Sequence[int] = 5, *, key: jax.Array
     positions 0 to n - 1 (MeZO, arXiv 2305.17333, appendix E.5: this matters); rows begin at position n, as PEFT has it,
     so that there is room for n tokens less. So an untrained prefix changes as much as these tokens before each row.
 
-    The tokens are read when the prefix is first asked for, one block at a time, whatever the size of the model.
+    The tokens are read when the prefix is first asked for, one block at a time, whatever the size of the model; by its
+    matrices as they are, where a run will keep them as codes.
 
     Args:
         model: from `zo2jax.load`, or any other that has a configuration.
