@@ -23,7 +23,7 @@ from zo2jax.models import layers
 from zo2jax.models.blocks import Source
 from zo2jax.models.generation import sampling
 from zo2jax.models.hub import export
-from zo2jax.tasks.prepare import prepare
+from zo2jax.tasks.prepare import first_tokens, prepare
 from zo2jax.trained import load_model, trained_model
 from zo2jax.updates import perturb
 
@@ -258,7 +258,9 @@ def test_the_command_line(tmp_path, tiny_folder, text_file, capsys):
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     first, *_, last = [line["eval/loss"] for line in lines if "eval/loss" in line]
     config = load_config("demo", words[1:])
-    tokens = prepare(config, zo.load(tiny_folder)).batches[0]["ids"][0, :3]
+    tokens = prepare(config, base := zo.load(tiny_folder)).batches[0]["ids"][0, :3].tolist()
+    assert first_tokens(config, replace(base, config=replace(base.config, bos_id=7))) == [7, *tokens[:2]]
+    assert first_tokens(config, replace(base, config=replace(base.config, bos_id=7, prompt_bos=tokens[0]))) == tokens
     assert_same(arrays(zo.with_prefix(zo.load(tiny_folder), tokens).source), arrays(load_model(config).source))
     capsys.readouterr()
     for target, expected in ((str(directory), last), ("demo", first)):

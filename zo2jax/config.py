@@ -107,7 +107,8 @@ class Config:
     prefix: int = 0
     """Learned keys and values before each row's own in every attention block, which then are all that is trained,
     unless there are ``targets`` (``*.prefix.*`` among them); 0 for none, 5 is usual. They begin as those of the first
-    tokens of the training data. eps and learning rate are larger (MeZO: 1e-1, and 1e-2 or 1e-3)."""
+    tokens of the training data, after the one that begins texts. eps and learning rate are larger (MeZO: 1e-1, and
+    1e-2 or 1e-3)."""
     directions: int = 1
     """Directions a step."""
     estimator: Literal["two_point", "one_sided", "leave_one_out"] = "two_point"

@@ -90,6 +90,8 @@ def prepare(config: Config, model: Model) -> Prepared:
 def first_tokens(config: Config, model: Model) -> list[int]:
     """The ids of the first ``config.prefix`` tokens of the training data, in the order of the batches.
 
+    The first one is the token that begins texts, if the model has one.
+
     Raises:
         ConfigError: for less data than that.
 
@@ -104,10 +106,13 @@ def first_tokens(config: Config, model: Model) -> list[int]:
     5
     """
     found: list[int] = []
+    begins = model.config.bos_id, model.config.prompt_bos
     for batch in prepare(replace(config, micro_batches=1), model).batches:
         ids = np.asarray(batch["ids"])
         for row, length in zip(ids, batch.get("lengths", [ids.shape[1]] * len(ids)), strict=True):
             found += row[: int(length)].tolist()
+            if begins[0] is not None and found[0] not in begins:
+                found.insert(0, begins[0])
             if len(found) >= config.prefix:
                 return found[: config.prefix]
     raise ConfigError(f"prefix={config.prefix}: the training data have {len(found)} tokens, expected as many at least")
