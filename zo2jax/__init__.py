@@ -35,6 +35,8 @@ from zo2jax.models.heads import QuestionAnswering as QuestionAnswering
 from zo2jax.models.hub import load as load
 from zo2jax.models.layers import realign as realign
 from zo2jax.models.model import Model as Model
+from zo2jax.models.prefix import with_prefix as with_prefix
+from zo2jax.models.probing import probed as probed
 from zo2jax.models.stages import blocks as blocks
 from zo2jax.objectives import Generated as Generated
 from zo2jax.optimizers import Optimizer as Optimizer

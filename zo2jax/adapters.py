@@ -1,8 +1,9 @@
-"""Adapters that a run trained beside its matrices (`zo2jax.lora`), as the folder that PEFT loads."""
+"""What a run trained beside its matrices (`zo2jax.lora`, `zo2jax.with_prefix`), as the folder that PEFT loads."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -10,7 +11,7 @@ from safetensors.numpy import save_file
 from zo2jax.directions import Direction
 from zo2jax.models.blocks import Params, owned_shapes
 from zo2jax.models.decoder import Decoder
-from zo2jax.models.heads import CausalLM
+from zo2jax.models.heads import CausalLM, Classification, QuestionAnswering
 from zo2jax.models.hub import appearing
 from zo2jax.models.model import Model
 from zo2jax.pages import flat
@@ -79,10 +80,72 @@ def export_adapter(model: Model, direction: Direction, beside: Callable[[str], P
         "bias": "none",
         "inference_mode": True,
     }
+    return _write(folder, written, tensors)
+
+
+def export_prefix(model: Model, direction: Direction, folder: str | Path) -> Path:
+    """Writes the prefix of a model (`zo2jax.with_prefix`) as PEFT's files of prefix tuning; returns the folder.
+
+    ``prompt_embeddings`` is float32 [n, layers * 2 * kv_heads * head_size], of each layer the keys, then the values. A
+    head other than a language model's goes with it, as PEFT has it.
+
+    Args:
+        model: the trained one.
+        direction: of the run.
+        folder: to be made.
+
+    Raises:
+        FileExistsError: if ``folder`` exists and is not empty.
+        ValueError: for a run that trained something else as well, which the files have no place for.
+
+    >>> import jax, zo2jax
+    >>> from zo2jax.directions import normal
+    >>> from zo2jax.models.llama import LlamaConfig
+    >>> config = LlamaConfig(vocabulary=8, size=8, hidden=8, layers=1, heads=2, kv_heads=1, head_size=4, context=16)
+    >>> export_prefix(zo2jax.with_prefix(config.init(jax.random.key(0)), [1]), normal, "no/such/folder")
+    Traceback (most recent call last):
+    ...
+    ValueError: the direction is normal, which trains embed.weight beside the prefix: PEFT's files hold a prefix alone
+    """
+    config = model.config
+    head = () if isinstance(config.head, CausalLM) else ("weight", "bias")[: 1 + config.head.bias]
+    kept = {f"head.{leaf}" for leaf in head}
+    shapes = {f"{b}.{n}": x for b, leaves in owned_shapes(model.blocks).items() for n, x in flat(leaves).items()}
+    moved = [n for n, x in shapes.items() if direction.trains(n, x.ndim) and ".prefix." not in n and n not in kept]
+    if moved or direction.adapter is not None:
+        raise ValueError(
+            f"the direction is {direction}, which trains {(*moved, 'adapters')[0]} beside the prefix: PEFT's files "
+            "hold a prefix alone"
+        )
+    layers = [flat(model.source[block.name]["prefix"]) for block in model.blocks if block.caches]
+    rows = [np.asarray(layer[part]).reshape(config.prefix, -1) for layer in layers for part in "kv"]
+    tensors = {"prompt_embeddings": np.concatenate(rows, axis=1)}
+    own = model.source["head"] if head else {}
+    tensors |= {f"base_model.{config.head.hub}.{leaf}": np.asarray(own[leaf], np.float32) for leaf in head}
+    written = {
+        "peft_type": "PREFIX_TUNING",
+        "task_type": _TASKS[type(config.head)],
+        "base_model_name_or_path": None if model.folder is None else str(model.folder),
+        "num_virtual_tokens": config.prefix,
+        "token_dim": rows[0].shape[1],
+        "num_layers": config.layers,
+        "num_attention_heads": config.kept_shape[0],
+        "num_transformer_submodules": 1,
+        "prefix_projection": False,
+        "modules_to_save": [config.head.hub] if head else None,
+        "inference_mode": True,
+    }
+    return _write(folder, written, tensors)
+
+
+_TASKS = {CausalLM: "CAUSAL_LM", Classification: "SEQ_CLS", QuestionAnswering: "QUESTION_ANS"}
+
+
+def _write(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Path:
     with appearing(folder) as complete:
         whole = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
         save_file(whole, complete / "adapter_model.safetensors", {"format": "pt"})
-        (complete / "adapter_config.json").write_text(json.dumps(written, indent=1) + "\n")
+        (complete / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
     return Path(folder).expanduser()
 
 

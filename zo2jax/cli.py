@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-o", "--output", required=True, help="the folder to make")
     sub.add_argument("--best", action="store_true", help="the weights with the best held-out loss, not the last")
     sub.add_argument(
-        "--adapter", action="store_true", help="of a run with LoRA: its adapters alone, as peft loads them"
+        "--adapter", action="store_true", help="of a run with LoRA or a prefix: that alone, as peft loads it"
     )
 
     _add_journals(commands)

@@ -106,6 +106,11 @@ class Config:
     ``*.attn.[qv].*``; empty for all."""
     perturb_dtype: Literal["", "float32", "bfloat16", "float16"] = ""
     """The dtype in which probes of matrices are made and multiplied; empty for that of the weights."""
+    prefix: int = 0
+    """Learned keys and values before each row's own in every attention block, which then are all that is trained,
+    unless there are ``targets`` (``*.prefix.*`` among them); 0 for none, 5 is usual. They begin as those of the first
+    tokens of the training data, after the one that begins texts. eps and learning rate are larger (MeZO: 1e-1, and
+    1e-2 or 1e-3)."""
     directions: int = 1
     """Directions a step."""
     estimator: Literal["two_point", "one_sided", "leave_one_out", "svrg"] = "two_point"
@@ -171,7 +176,7 @@ class Config:
             raise ConfigError(
                 f"micro_batches={self.micro_batches}, batch={self.batch}: expected a divisor of the batch"
             )
-        for name in ("demonstrations", "prefetch", "group", "refresh", "probe_batch", "patience"):
+        for name in ("demonstrations", "prefetch", "group", "refresh", "prefix", "probe_batch", "patience"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected an integer of at least 0")
         if self.perturb_dtype and self.direction in _LOW_RANK:
@@ -179,7 +184,9 @@ class Config:
                 f"perturb_dtype={self.perturb_dtype}, direction={self.direction}: expected direction=normal or "
                 "rademacher, with which matrices themselves are perturbed"
             )
-        if not self.make_direction().read_only and self.format:
+        if self.prefix and self.direction == "lora":
+            raise ConfigError(f"prefix={self.prefix}, direction=lora: expected one of them")
+        if not self.make_direction().read_only and self.format and not self.prefix:
             raise ConfigError(
                 f"format={self.format}, direction={self.direction}, refresh=0: expected a refresh, such as 8, or "
                 "direction=lowrank"
@@ -217,12 +224,13 @@ class Config:
         """
         try:
             targets = [target.strip() for target in self.targets.split(",") if target.strip()]
+            targets = targets or ["*.prefix.*"] * (self.prefix > 0)
             if self.direction == "lora":
                 return lora(self.rank, self.alpha or None, targets=targets)
             if self.direction == "lowrank":
                 return lowrank(self.rank, refresh=self.refresh or None, targets=targets)
-            refresh = (self.refresh or None) if self.format else None
-            return dense(self.direction, refresh, targets=targets, perturb_dtype=self.perturb_dtype or None)
+            refresh = self.refresh if self.format and not self.prefix else 0
+            return dense(self.direction, refresh or None, targets=targets, perturb_dtype=self.perturb_dtype or None)
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
@@ -315,7 +323,7 @@ class Config:
         )
         neutral += () if self.format else ("format", "group")
         # Runs of versions that lack these are as with what they are by default.
-        later = (
+        later: tuple[str, ...] = (
             "compute",
             "momentum",
             "estimator",
@@ -323,12 +331,14 @@ class Config:
             "warmup",
             "clip_scale",
             "eps_end",
-            "perturb_dtype",
+            "prefix",
         )
+        later += ("perturb_dtype",)
         neutral += tuple(name for name in later if getattr(self, name) == getattr(Config, name))
         neutral += () if self.anchor_directions else ("anchor_directions",)
         neutral += () if self.direction in _LOW_RANK else ("rank",)
-        neutral += () if self.direction == "lowrank" or (self.format and self.direction != "lora") else ("refresh",)
+        codes = self.format and self.direction != "lora" and not self.prefix
+        neutral += () if self.direction == "lowrank" or codes else ("refresh",)
         neutral += () if self.direction == "lora" else ("alpha",)
         neutral += () if self.direction == "lora" or self.targets else ("targets",)
         for name in (*neutral, "tier", "device_memory", "probe_batch", "prefetch"):

@@ -117,7 +117,7 @@ def dense(
     ``("head.*",)`` a head (its norm alone where its matrix is the embedding's), ``("*.bias",)`` biases (BitFit, Zaken
     et al., arXiv 2106.10199), ``("layers.2[0-3].*", "head.*")`` the last layers. The blocks before the first of them
     are the same for all members of a population, and `zo2jax.Run` takes a batch through them once. Without a refresh
-    only.
+    only. Where no matrix is among them, all matrices are only read, and may be codes.
 
     With a ``perturb_dtype``, "float32", "bfloat16" or "float16", the probes W + eps z of matrices are rounded to that
     dtype, and multiplied in it (on CPUs in float32), while updates move W in its own: of float32 weights 16-bit probes

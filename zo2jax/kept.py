@@ -54,22 +54,30 @@ class Kept:
             ValueError: for what does not go together.
         """
         direction, format = estimator.direction, model.format
-        for what, given in (("the format", format), ("rounding", rounding if rounding == residual else None)):
+        layouts = layouts_of(model.blocks, format)
+        of_run = direction, estimator.directions, rounding, optimizer.momentum > 0, estimator.full is not None
+        kept = cls(owned_shapes(model.blocks), layouts, *of_run)
+        coded = None if kept.fixed else format
+        for what, given in (("the format", coded), ("rounding", rounding if rounding == residual else None)):
             if given is not None and not direction.read_only:
                 raise ValueError(
                     f"{what} is {given}, with the direction {direction}: expected zo2jax.lowrank, or zo2jax.dense with "
                     "a refresh"
                 )
-        if format is not None and format.compute == "int8" and not direction.rank:
+        if coded is not None and coded.compute == "int8" and not direction.rank:
             raise ValueError(f"the format is {format}: products by codes are for zo2jax.lowrank, drop its compute")
         if optimizer.momentum and not direction.rank:
             raise ValueError(
                 f"the optimizer is {optimizer.name}: momentum is in factors, expected zo2jax.lowrank with it"
             )
-        layouts = layouts_of(model.blocks, format)
         check_targets(owned_shapes(model.blocks), direction)
-        of_run = direction, estimator.directions, rounding, optimizer.momentum > 0, estimator.full is not None
-        return cls(owned_shapes(model.blocks), layouts, *of_run)
+        return kept
+
+    @property
+    def fixed(self) -> bool:
+        """Whether no matrix ever changes, nor what is beside one: of directions for other leaves alone."""
+        names = (f"{block}.{name}" for block, layout in self.layouts.items() for name, _ in layout.matrices)
+        return not any(map(self.direction.trains, names))
 
     def moves(self, block: str) -> bool:
         """Whether anything of a block is trained."""

@@ -21,6 +21,7 @@ from pallas_kernels.quantized import Codes
 from zo2jax.directions import is_trained
 from zo2jax.formats import Format, encode
 from zo2jax.models.blocks import Block, Params, owned_shapes, set_leaf
+from zo2jax.models.quantized import Quantized
 from zo2jax.models.tensors import Extent
 
 
@@ -67,6 +68,11 @@ class Place:
             return piece.reshape(self.shape)
         codes: Any = piece.reshape(self.shape[0], -1)
         return Codes(codes, self.scale.of(pages))
+
+    def weight(self, pages: Sequence[jax.Array]) -> Quantized | jax.Array:
+        """The matrix as products take it, of codes a `zo2jax.models.quantized.Quantized`."""
+        matrix = self.of(pages)
+        return Quantized(matrix, self.dtype, self.compute) if isinstance(matrix, Codes) else matrix
 
 
 @dataclass(frozen=True)

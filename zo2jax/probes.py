@@ -16,6 +16,7 @@ from pallas_kernels import bits
 from pallas_kernels.perturb import Probes, Shard, perturb, perturb_in_page
 from zo2jax.directions import Direction
 from zo2jax.models.layers import product
+from zo2jax.models.quantized import Quantized
 from zo2jax.pages import Place
 from zo2jax.updates import Rounding, Update, by_leaf
 
@@ -57,10 +58,10 @@ class Matrices:
         self._frozen = set(frozen)
         self._last: tuple[jax.Array, ...] = ()
 
-    def weight(self, index: int, member: jax.Array | None) -> "Probe | jax.Array":
-        """A member's matrix; the array itself of one that is not trained."""
+    def weight(self, index: int, member: jax.Array | None) -> "Probe | Quantized | jax.Array":
+        """A member's matrix; of one that is not trained the array itself, or its codes."""
         if index in self._frozen:  # read after all moves: a move of its page after it was read would copy the page
-            return self.places[index].of(self.settle_all())
+            return self.places[index].weight(self.settle_all())
         return Probe(self, index, member)
 
     def dtype(self, index: int) -> jnp.dtype:

@@ -43,8 +43,14 @@ def base_of(folder: str | Path, journal: Recorded) -> Model:
 
     Raises:
         FileNotFoundError, ValueError: see `zo2jax.load`.
+        JournalError: for a run of `zo2jax.train` with a prefix, which no folder holds.
     """
     header = journal.header
+    if prefix := header.config.get("prefix"):
+        raise JournalError(
+            f"{journal.path} is of a run with a prefix of {prefix} tokens, which a folder has no place for: export "
+            "what was trained by zo2jax export RUN --adapter, or give zo2jax.replay the model with its first prefix"
+        )
     return load(folder, dtype=header.dtype).with_format(None if header.format is None else format_of(header.format))
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zo2jax.adapters import export_adapter
+from zo2jax.adapters import export_adapter, export_prefix
 from zo2jax.directions import step_keys
 from zo2jax.directory import Directory
 from zo2jax.estimators import Estimator
@@ -327,9 +327,12 @@ class Run:
 
         Args:
             folder: to be made.
-            adapter: of a run with `zo2jax.lora`: writes the adapters alone; see `zo2jax.adapters.export_adapter`.
+            adapter: of a run with `zo2jax.lora`, or of a model with a prefix: writes those alone; see
+                `zo2jax.adapters`.
         """
         self.flush()
+        if adapter and self._model.config is not None and self._model.config.prefix:
+            return export_prefix(self.model, self._kept.direction, folder)
         if adapter:
             return export_adapter(self._model, self._kept.direction, self._stream.beside, folder)
         return export(self.model, folder)

@@ -52,10 +52,11 @@ class Stream(Mapping[str, Params]):
         basis: typed key [], of the first period of a direction with which pages are only read between folds
             (`zo2jax.directions.period_key`); None for another direction, or if there are no updates to come.
         kept: what `beside` gave of each block, of a stream with the same basis; nothing if None.
-        format: of the matrices; as they are if None. With a basis, or for visits without probes.
+        format: of the matrices; as they are if None. With a basis, or for matrices that are not trained.
         directions: of a step.
-        fixed: whether the matrices never change, as of a stream that is not trained, or whose V never changes. Then
-            blocks of the disk tier are read from the model's own files, where these have them as pages need them.
+        fixed: whether the matrices never change, as of a stream that is not trained, or of which only other leaves are.
+            Then, and where V never changes, blocks of the disk tier are read from the model's own files, where these
+            have them as pages need them.
         momentum: whether updates of a low-rank direction have momentum.
         anchor: whether probes may be those of the weights as the period began too, with a low-rank direction.
 
@@ -97,7 +98,7 @@ class Stream(Mapping[str, Params]):
         self.leaf_ids = leaf_ids(shapes)
         named = jax.tree.unflatten(jax.tree.structure(shapes), list(self.leaf_ids))
         self._names = {f"{block}.{name}": i for block, leaves in named.items() for name, i in flat(leaves).items()}
-        self.layouts = layouts_of(self.blocks, format, apart=basis is not None)
+        self.layouts = layouts_of(self.blocks, format, apart=basis is not None or fixed)
         self._shapes = shapes
         owners = {block_of(owner, shapes) for block in self.blocks for owner in block.aliases.values()}
         stay = {name for name, layout in self.layouts.items() if not layout.nbytes} | owners
@@ -244,7 +245,7 @@ class Stream(Mapping[str, Params]):
         """
         stage, done = self._stages[i], []
         (pages, _), tied, read_only = self._take(i), self._tied(i), self._sums is not None
-        visit, moves = visits.visit_of(stage, read_only), stage.moves and not read_only
+        visit, moves = visits.visit_of(stage, read_only), stage.moves_matrices and not read_only
         for j, (update, probes, batch) in enumerate(given):
             rest = self._vectors(then[j])
             (changed, rest[i]), carries[j], over = visit(
@@ -254,7 +255,7 @@ class Stream(Mapping[str, Params]):
             done.append(over)
             if moves:
                 pages = changed
-            elif stage.moves and j == 0 and self._sums is not None:
+            elif stage.moves_matrices and j == 0 and self._sums is not None:
                 self._sums.take(self.blocks[i].name, changed)
             del changed
         self._put(i, pages if moves else None, done)
@@ -286,9 +287,10 @@ class Stream(Mapping[str, Params]):
         for i, (stage, ids) in enumerate(zip(self._stages, self._ids, strict=True)):
             if not stage.moves:
                 continue
-            if self._sums is not None:
+            if self._sums is not None or not stage.moves_matrices:
                 changed, self._rest[i] = visits.add(stage, self._rest[i], self._beside(i), ids, *given, **how)
-                self._sums.take(self.blocks[i].name, changed)
+                if self._sums is not None:
+                    self._sums.take(self.blocks[i].name, changed)
                 continue
             pages, self._rest[i] = visits.apply(stage, *self._take(i), ids, *given, **how)
             self._put(i, pages, ())

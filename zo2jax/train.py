@@ -31,7 +31,7 @@ from zo2jax.stream import Stream
 from zo2jax.tasks.encoding import TaskBatches, TaskHeldOut
 from zo2jax.tasks.prepare import InParts, Prepared, prepare
 from zo2jax.tasks.scoring import Evaluation
-from zo2jax.trained import load_model, trained_model
+from zo2jax.trained import begun, load_model, trained_model
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def evaluate(target: str, overrides: Sequence[str] = (), *, best: bool = False) 
     if is_run:
         step, model = trained_model(target, best=best)
     else:
-        step, model = 0, load(config.model, dtype=config.dtype or None)
+        step, model = 0, begun(config, load(config.model, dtype=config.dtype or None))
     data = prepare(config, model)
     with _placed(config, model, data) as placed:
         if data.evaluate is not None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
-from zo2jax.adapters import export_adapter
+from zo2jax.adapters import export_adapter, export_prefix
 from zo2jax.checkpoint import Snapshots
 from zo2jax.config import Config, load_config
 from zo2jax.journal import Recorded
@@ -13,8 +13,10 @@ from zo2jax.kept import Kept
 from zo2jax.models.blocks import Params, Source
 from zo2jax.models.hub import load
 from zo2jax.models.model import Model
+from zo2jax.models.prefix import prefixed
 from zo2jax.replay import read_journal, replay
 from zo2jax.restored import Restored
+from zo2jax.tasks.prepare import first_tokens
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,19 @@ class _Found:
 
 def load_model(config: Config) -> Model:
     """The model of a config. Once its run has a checkpoint, the files of the weights need not be there any more."""
+    model = _load_base(config)
+    return begun(config, model.with_format(config.make_format(model.format)))
+
+
+def begun(config: Config, model: Model) -> Model:
+    """The model with the prefix that a config has it begin with, whose tokens are read when it is asked for."""
+    return prefixed(model, config.prefix, partial(first_tokens, config, model)) if config.prefix else model
+
+
+def _load_base(config: Config) -> Model:
     dtype = config.dtype or None
     try:
-        model = load(config.model, dtype=dtype)
-        return model.with_format(config.make_format(model.format))
+        return load(config.model, dtype=dtype)
     except FileNotFoundError:
         folder = Path(config.directory).expanduser() / "checkpoints"
         if not folder.is_dir():
@@ -66,8 +77,7 @@ def load_model(config: Config) -> Model:
         try:
             if (step := snapshots.last) is None:
                 raise
-            model = load(config.model, dtype=dtype or snapshots.dtype(step), weights=False)
-            return model.with_format(config.make_format(model.format))
+            return load(config.model, dtype=dtype or snapshots.dtype(step), weights=False)
         finally:
             snapshots.close()
 
@@ -96,7 +106,10 @@ def trained_model(directory: str | Path, *, best: bool = False) -> tuple[int, Mo
     Raises:
         FileNotFoundError: if the directory holds no run, no journal, or no such checkpoint.
     """
-    found = _find(directory, best)
+    return _model_of(_find(directory, best))
+
+
+def _model_of(found: _Found) -> tuple[int, Model]:
     if found.number is None:
         assert found.journal is not None
         return found.step, replay(found.model, found.journal)
@@ -105,13 +118,15 @@ def trained_model(directory: str | Path, *, best: bool = False) -> tuple[int, Mo
 
 
 def export_trained_adapter(directory: str | Path, folder: str | Path, *, best: bool = False) -> Path:
-    """Writes the adapters that a run with `zo2jax.lora` trained; see `zo2jax.adapters.export_adapter`.
+    """Writes the adapters or the prefix that a run trained; see `zo2jax.adapters`.
 
     Raises:
         FileNotFoundError: if the directory holds no run, or no such checkpoint.
-        FileExistsError, ValueError: as `export_adapter` does.
+        FileExistsError, ValueError: as `export_adapter` and `export_prefix` do.
     """
     found = _find(directory, best)
+    if found.config.prefix:
+        return export_prefix(_model_of(found)[1], found.config.make_estimator().direction, folder)
     if found.number is None:
         raise FileNotFoundError(f"{directory} has no checkpoint yet, from which adapters are read")
     return export_adapter(

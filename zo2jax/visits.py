@@ -9,12 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quantized import Codes
 from zo2jax.directions import Direction, is_trained
 from zo2jax.factored import Beside, Factors
 from zo2jax.models.blocks import Block, Kind, Params, block_of, kinds, set_leaf
 from zo2jax.models.layers import Batch, Cache
-from zo2jax.models.quantized import Quantized
 from zo2jax.pages import Layout, Place
 from zo2jax.pending import Pending
 from zo2jax.probes import Matrices
@@ -37,7 +35,12 @@ class Stage:
     @property
     def moves(self) -> bool:
         """Whether the block's own leaves change."""
-        return not self.frozen.issuperset((*(name for name, _ in self.layout.matrices), *self.layout.rest))
+        return self.moves_matrices or not self.frozen.issuperset(self.layout.rest)
+
+    @property
+    def moves_matrices(self) -> bool:
+        """Whether any of the block's own matrices changes: its pages, or what is beside them."""
+        return not self.frozen.issuperset(name for name, _ in self.layout.matrices)
 
     @property
     def differs(self) -> bool:
@@ -58,11 +61,7 @@ class Stage:
         seen = [(name, place, pages) for name, place in self.layout.matrices]
         seen += [(name, place, lent) for (name, place), lent in zip(self.tied, tied, strict=True)]
         for name, place, there in seen:
-            matrix = place.of(there)
-            if isinstance(matrix, Codes):
-                weight = Quantized(matrix, place.dtype, place.compute)
-                matrix = weight if self.kind.block.takes_weights else weight.array()
-            set_leaf(leaves, name, matrix)
+            set_leaf(leaves, name, _as_leaf(self.kind.block, place.weight(there)))
         return leaves
 
 
@@ -116,7 +115,8 @@ def _members(
 ) -> tuple[Any, tuple[Any, Any]]:
     """``run(block, leaves, carried)`` for every member; what is carried comes and goes as [M, ...].
 
-    With it come the pages, or the `Sum` of each matrix if those are only read, and the other leaves, after the update.
+    With it come the pages, or the `Sum` of each matrix if those are only read, and the other leaves, after the update;
+    () for the matrices if none of them moves.
     """
     rest, small = move(held[1], ids[1], update, *probes, trained=stage.trained(held[1]), **how)
     own, matrices = _matrices(stage, held, ids, update, probes, how)
@@ -128,7 +128,7 @@ def _members(
             set_leaf(leaves, name, leaf)
         for name, of, i in matrices:
             set_leaf(leaves, name, _as_leaf(block, of.weight(i, member)))
-        return run(block, leaves, carried), own.settle_all() if stage.moves else ()
+        return run(block, leaves, carried), own.settle_all() if stage.moves_matrices else ()
 
     count = len(probes[1])
     out, changed = jax.vmap(one, in_axes=(0, 0, 0), out_axes=(0, None), axis_size=count)(
@@ -169,7 +169,7 @@ def visit_of(stage: Stage, read_only: bool) -> Any:
     >>> visit_of(Stage(None, Layout((), (), ()), ()), False) is read
     True
     """
-    return train if stage.moves and not read_only else read
+    return train if stage.moves_matrices and not read_only else read
 
 
 def first_that_differs(stages: Sequence[Stage]) -> int:
@@ -244,13 +244,13 @@ def apply(
 
 @partial(jax.jit, static_argnames=_STATIC, donate_argnames="rest")
 def add(
-    stage: Stage, rest: Any, beside: ReadOnly, ids: Any, updates: Update, count: jax.Array, direction: Direction,
+    stage: Stage, rest: Any, beside: ReadOnly | None, ids: Any, updates: Update, count: jax.Array, direction: Direction,
     rounding: Rounding,
 ) -> Any:  # fmt: skip
-    """What changes of a block whose pages are only read, as `apply` does: (what is kept of its matrices, rest)."""
+    """What changes of a block whose pages stay, as `apply` does: (what is kept of its matrices, rest)."""
     how: dict[str, Any] = {"count": count, "direction": direction, "rounding": rounding}
     rest, _ = move(rest, ids[1], updates, trained=stage.trained(rest), **how)
-    if isinstance(beside, Pending):  # what changes of matrices is known to all blocks
+    if beside is None or isinstance(beside, Pending):  # what changes of matrices is known to all blocks
         return (), rest
     places = [place for _, place in stage.layout.matrices]
     return beside.matrices(places, (), ids[0], updates, (None, None), direction, count=count).settle_all(), rest

@@ -69,7 +69,8 @@ class Weights:
         self._period = self._period_of(done if begun else max(done - 1, 0))
         plan = Plan() if plan is None else plan
         how = kept.direction, kept.rounding, plan, pages, self._basis(), beside, model.format, kept.directions
-        self.stream = Stream(model.blocks, model.source, *how, momentum=kept.momentum, anchor=kept.anchor)
+        more: dict[str, Any] = {"fixed": kept.fixed, "momentum": kept.momentum, "anchor": kept.anchor}
+        self.stream = Stream(model.blocks, model.source, *how, **more)
         shape = (kept.directions, 2) if kept.direction.rank else (kept.directions,)
         fresh = jnp.zeros(()) if kept.momentum else None
         self._nothing = Update(jnp.broadcast_to(key, shape), jnp.zeros(kept.directions), jnp.zeros(()), fresh)

@@ -145,6 +145,27 @@ class Source(Mapping[str, Params]):
         """Reads one block, in which codes are as they are."""
         return self._codes[block]()
 
+    def having(self, more: Mapping[str, Callable[[], Params]], *, replacing: bool = False) -> "Source":
+        """The same with further leaves, or others in the place of its own: by block, what gives them by dotted name.
+
+        >>> source = Source({"norm": lambda: {"w": 2.0}}).having({"norm": lambda: {"scale.v": 1.0}})
+        >>> source["norm"], source.others("norm")
+        ({'w': 2.0, 'scale': {'v': 1.0}}, {'w': 2.0, 'scale': {'v': 1.0}})
+        """
+
+        def read(block: str, own: Callable[[], Params]) -> Params:
+            leaves = jax.tree.map(lambda x: x, own())
+            for name, leaf in more[block]().items():
+                set_leaf(leaves, name, leaf)
+            return leaves
+
+        readers, codes, others = (
+            {n: partial(read, n, own) if n in more else own for n, own in of.items()}
+            for of in (self._readers, self._codes, self._others)
+        )
+        extents = {n: x for n, x in self._extents.items() if not (replacing and n in more)}
+        return Source(readers, concurrent=self.concurrent, codes=codes, extents=extents, others=others)
+
     def decoded(self) -> "Source":
         """The same, of which only arrays are known, and not how files keep them.
 

@@ -14,6 +14,7 @@ from zo2jax.models.blocks import Block, Params, Source, del_leaf
 from zo2jax.models.heads import CausalLM, Classification, Head, HeadKind, QuestionAnswering
 from zo2jax.models.layers import Linear
 from zo2jax.models.model import Model
+from zo2jax.models.prefix import Prefix
 
 _LANGUAGE_MODEL = CausalLM()
 
@@ -44,6 +45,8 @@ class Decoder(ABC):
     prompt_bos: int | None = None
     """The token that tasks put before each prompt; None for what the tokenizer puts there."""
     head: HeadKind = _LANGUAGE_MODEL
+    prefix: int = 0
+    """Learned keys and values before a row's own (`zo2jax.with_prefix`); ``context`` is what they leave of it."""
 
     model_type: ClassVar[str]
     architecture: ClassVar[str]
@@ -79,6 +82,15 @@ class Decoder(ABC):
     @abstractmethod
     def backbone_names(self) -> dict[str, str]:
         """Our names -> Hugging Face's, for all leaves but the head's matrix."""
+
+    @property
+    def kept_shape(self) -> tuple[int, int]:
+        """(heads, size) of the keys and values of a token."""
+        return self.heads, self.size // self.heads
+
+    def make_prefix(self) -> Prefix | None:
+        """What an attention block has before the tokens' own keys and values."""
+        return Prefix(self.prefix, *self.kept_shape) if self.prefix else None
 
     @property
     def head_size_in(self) -> int:

@@ -73,8 +73,8 @@ def nucleus(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
 
 
 @partial(jax.jit, static_argnums=1)
-def _grown(cache: Cache, capacity: int) -> Cache:
-    return {name: jnp.pad(x, ((0, 0), (0, capacity - x.shape[1]), (0, 0), (0, 0))) for name, x in cache.items()}
+def _grown(cache: Cache, tokens: int) -> Cache:
+    return {name: jnp.pad(x, ((0, 0), (0, tokens), (0, 0), (0, 0))) for name, x in cache.items()}
 
 
 def continuations(
@@ -127,7 +127,7 @@ def continuations(
         if cache:
             batch = _arrays(ids=chosen[:, None], start=lengths + step)
             if step == 0:
-                caches = [_grown(kept, padded.shape[1]) if kept else kept for kept in caches]
+                caches = [_grown(kept, tokens) if kept else kept for kept in caches]
         else:
             padded[np.arange(len(ids)), lengths + step] = chosen
             batch = _whole(padded, lengths + step + 1)

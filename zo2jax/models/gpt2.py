@@ -64,7 +64,8 @@ class Gpt2Config(Decoder):
 
     def make_embed(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
         """Token and position embedding."""
-        return PositionEmbed((self.vocabulary, self.size), (self.context, self.size), dtype, rngs)
+        tokens, positions = (self.vocabulary, self.size), (self.context, self.size)
+        return PositionEmbed(tokens, positions, dtype, rngs, offset=self.prefix)
 
     def make_attention(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
         """The first block of a layer."""
@@ -102,11 +103,12 @@ class Attention(nnx.Module):
         self.heads, self.norm = config.heads, LayerNorm(config.size, config.norm_eps)
         make = partial(Linear, config.size, bias=True, dtype=dtype, rngs=rngs)
         self.qkv, self.o = make(3 * config.size), make(config.size)
+        self.prefix = config.make_prefix()
 
     def __call__(self, x: jax.Array, batch: Batch, cache: Cache | None = None) -> Any:
         """X [b, t, size] -> the same; with a cache, (the same, the cache)."""
         q, k, v = jnp.split(self.qkv(self.norm(x)).reshape(*x.shape[:2], 3 * self.heads, -1), 3, axis=2)
-        mixed, kept = attend(q, k, v, batch, cache)
+        mixed, kept = attend(q, k, v, batch, cache, self.prefix)
         x = x + self.o(mixed.reshape(x.shape), dtype=x.dtype)
         return x if cache is None else (x, kept)
 

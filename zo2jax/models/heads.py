@@ -65,11 +65,14 @@ class ClassificationHead(Head):
 
     def __call__(self, x: jax.Array, batch: Batch) -> Any:
         """Logits [b, classes], or (loss sum, count) if the batch has ``labels`` int32 [b]; negative ones count 0."""
-        last = batch["lengths"] - 1 if "lengths" in batch else jnp.full(len(x), x.shape[1] - 1)
-        logits = self.outputs(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])
+        logits = self.outputs(_last(x, batch))
         if "labels" not in batch:
             return logits
         return _labelled(logits, batch["labels"])
+
+    def features(self, x: jax.Array, batch: Batch) -> jax.Array:
+        """What the matrix is multiplied by, float32 [b, size]."""
+        return self._operands(_last(x, batch))[0].astype(jnp.float32)
 
 
 class SpanHead(Head):
@@ -218,6 +221,12 @@ def _at_positions(x: jax.Array, batch: Batch) -> jax.Array:
     if "positions" not in batch:
         return x
     return jnp.take_along_axis(x, batch["positions"][:, :, None], axis=1)
+
+
+def _last(x: jax.Array, batch: Batch) -> jax.Array:
+    """The state of each row's last token, [b, size]."""
+    last = batch["lengths"] - 1 if "lengths" in batch else jnp.full(len(x), x.shape[1] - 1)
+    return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
 
 
 def _weights(batch: Batch) -> jax.Array:

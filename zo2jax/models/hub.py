@@ -360,10 +360,15 @@ def export(model: Model, folder: str | Path) -> Path:
     Raises:
         FileExistsError: if ``folder`` exists and is not empty; nothing is overwritten.
         PermissionError: if its parent cannot be written.
-        ValueError: for a model of `zo2jax.blocks`.
+        ValueError: for a model of `zo2jax.blocks`, or one with a prefix.
     """
     if model.config is None:
         raise ValueError("a model of zo2jax.blocks has no Hugging Face layout: take its params, or those of run.model")
+    if model.config.prefix:
+        raise ValueError(
+            f"the model has a prefix of {model.config.prefix} tokens, for which a Hugging Face folder has no place: "
+            "write it for PEFT instead (run.export(folder, adapter=True), zo2jax export RUN --adapter)"
+        )
     with appearing(folder) as complete:
         _write(model, complete)
     return Path(folder).expanduser()

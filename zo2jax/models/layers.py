@@ -178,15 +178,16 @@ class LayerNorm(nnx.Module):
         return y.astype(x.dtype)
 
 
-def positions_of(batch: Batch) -> jax.Array:
-    """The position of every token of ``ids`` [b, t] in its row: int32 [b, t], or [1, t] if all rows begin at 0.
+def positions_of(batch: Batch, first: int = 0) -> jax.Array:
+    """The position of every token of ``ids`` [b, t] in its row: int32 [b, t], or [1, t] if all rows begin alike.
 
-    Rows that go on where a cache ends say so by ``start`` int32 [b], the position of their first token.
+    Rows begin at ``first``. Those that go on where a cache ends say so by ``start`` int32 [b], how many of their tokens
+    came before.
 
     >>> positions_of({"ids": jnp.zeros((2, 3)), "start": jnp.array([0, 5])}).tolist()
     [[0, 1, 2], [5, 6, 7]]
     """
-    offsets = jnp.arange(batch["ids"].shape[1], dtype=jnp.int32)[None, :]
+    offsets = jnp.arange(first, first + batch["ids"].shape[1], dtype=jnp.int32)[None, :]
     return batch["start"][:, None] + offsets if "start" in batch else offsets
 
 
@@ -260,21 +261,38 @@ def attention(
 
 
 def attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, batch: Batch, cache: Cache | None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    batch: Batch,
+    cache: Cache | None,
+    prefix: Callable[[], tuple[jax.Array, jax.Array]] | None = None,
 ) -> tuple[jax.Array, Cache | None]:
     """Causal attention of new tokens to themselves and to those in a cache: (result, the cache with the new tokens).
 
     ``cache`` None: none is kept. Empty: rows begin here, and what comes back holds their keys and values. Otherwise
     ``k`` and ``v`` [b, capacity, kv_heads, size]: the new tokens are written at positions ``start`` and on.
+    ``prefix`` gives keys and values [n, kv_heads, size] that stand before all tokens, in caches too.
 
     >>> q = jnp.ones((1, 3, 2, 8))
     >>> attend(q, q, q, {"ids": jnp.zeros((1, 3))}, {})[1]["k"].shape
     (1, 3, 2, 8)
     """
+    before = () if prefix is None else prefix()
+    count = len(before[0]) if before else 0
     if not cache:
+        lengths = batch.get("lengths")
+        if before:  # as many queries of zeros, whose results are dropped: attention is between rows of one length
+            key, value = (
+                jnp.concatenate([jnp.broadcast_to(x.astype(y.dtype), (len(y), *x.shape)), y], axis=1)
+                for x, y in zip(before, (key, value), strict=True)
+            )
+            query = jnp.pad(query, ((0, 0), (count, 0), (0, 0), (0, 0)))
+            lengths = None if lengths is None else lengths + count
         new = None if cache is None else {"k": key, "v": value}
-        return attention(query, key, value, batch.get("lengths")), new
-    at = positions_of(batch)
+        mixed = attention(query, key, value, lengths)
+        return (mixed[:, count:] if before else mixed), new
+    at = positions_of(batch, count)
     rows = jnp.arange(len(query))[:, None]
     cache = {"k": cache["k"].at[rows, at].set(key), "v": cache["v"].at[rows, at].set(value)}
     known = jnp.arange(cache["k"].shape[1], dtype=jnp.int32) <= at[:, None, :, None]

@@ -104,6 +104,11 @@ class LlamaConfig(Decoder):
             "hidden_act": "silu",
         }
 
+    @property
+    def kept_shape(self) -> tuple[int, int]:
+        """(heads, size) of the keys and values of a token."""
+        return self.kv_heads, self.head_size
+
     def make_embed(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
         """The token embedding."""
         return Embed(self.vocabulary, self.size, dtype, rngs)
@@ -181,14 +186,16 @@ class Attention(nnx.Module):
         self.o = make(config.heads * config.head_size, config.size)
         self.q_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else None
+        self.prefix = config.make_prefix()
 
     def __call__(self, x: jax.Array, batch: Batch, cache: Cache | None = None) -> Any:
         """X [b, t, size] -> the same; with a cache, (the same, the cache)."""
         h, size = self.norm(x), self.config.head_size
         q, k, v = (part(h).reshape(*h.shape[:2], -1, size) for part in (self.q, self.k, self.v))
         q, k = (y if norm is None else norm(y) for y, norm in ((q, self.q_norm), (k, self.k_norm)))
-        positions, frequencies = positions_of(batch), jnp.asarray(rope_frequencies(self.config))
-        mixed, kept = attend(rotate(q, positions, frequencies), rotate(k, positions, frequencies), v, batch, cache)
+        positions, frequencies = positions_of(batch, self.config.prefix), jnp.asarray(rope_frequencies(self.config))
+        q, k = (rotate(y, positions, frequencies) for y in (q, k))
+        mixed, kept = attend(q, k, v, batch, cache, self.prefix)
         x = x + self.o(mixed.reshape(*x.shape[:2], -1), dtype=x.dtype)
         return x if cache is None else (x, kept)
 

@@ -89,7 +89,7 @@ class OptConfig(Decoder):
     def make_embed(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
         """Token and position embedding."""
         tokens, positions = (self.vocabulary, self.token_size), (self.context, self.size)
-        return PositionEmbed(tokens, positions, dtype, rngs, offset=_OFFSET)
+        return PositionEmbed(tokens, positions, dtype, rngs, offset=_OFFSET + self.prefix)
 
     def make_attention(self, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
         """The first block of a layer."""
@@ -134,12 +134,13 @@ class Attention(nnx.Module):
         self.norm = LayerNorm(config.size, affine=config.affine)
         make = partial(Linear, config.size, config.size, bias=config.biases, dtype=dtype, rngs=rngs)
         self.q, self.k, self.v, self.o = make(), make(), make(), make()
+        self.prefix = config.make_prefix()
 
     def __call__(self, x: jax.Array, batch: Batch, cache: Cache | None = None) -> Any:
         """X [b, t, size] -> the same; with a cache, (the same, the cache)."""
         h = self.norm(x) if self.pre_norm else x
         q, k, v = (part(h).reshape(*h.shape[:2], self.heads, -1) for part in (self.q, self.k, self.v))
-        mixed, kept = attend(q, k, v, batch, cache)
+        mixed, kept = attend(q, k, v, batch, cache, self.prefix)
         x = x + self.o(mixed.reshape(x.shape), dtype=x.dtype)
         x = x if self.pre_norm else self.norm(x)
         return x if cache is None else (x, kept)

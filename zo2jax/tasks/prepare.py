@@ -87,6 +87,37 @@ def prepare(config: Config, model: Model) -> Prepared:
     return replace(data, batches=InParts(data.batches, parts)) if parts > 1 else data
 
 
+def first_tokens(config: Config, model: Model) -> list[int]:
+    """The ids of the first ``config.prefix`` tokens of the training data, in the order of the batches.
+
+    The first one is the token that begins texts, if the model has one.
+
+    Raises:
+        ConfigError: for less data than that.
+
+    >>> from zo2jax.demo import model_folder
+    >>> from zo2jax import load
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = Path(folder) / "text.txt"
+    ...     _ = file.write_text("All is well that ends well. " * 40)
+    ...     config = Config(data=str(file), tokens=3, batch=1, prefix=5)
+    ...     len(first_tokens(config, load(model_folder())))
+    5
+    """
+    found: list[int] = []
+    begins = model.config.bos_id, model.config.prompt_bos
+    for batch in prepare(replace(config, micro_batches=1), model).batches:
+        ids = np.asarray(batch["ids"])
+        for row, length in zip(ids, batch.get("lengths", [ids.shape[1]] * len(ids)), strict=True):
+            found += row[: int(length)].tolist()
+            if begins[0] is not None and found[0] not in begins:
+                found.insert(0, begins[0])
+            if len(found) >= config.prefix:
+                return found[: config.prefix]
+    raise ConfigError(f"prefix={config.prefix}: the training data have {len(found)} tokens, expected as many at least")
+
+
 def _prepare_text(config: Config, model: Model) -> Prepared:
     text = load_text(model, config.data, tokens=config.tokens, batch=config.batch, held_out=config.held_out)
     return Prepared(
