@@ -58,6 +58,8 @@ class Header:
     """Of the noise: the same addresses have other values with another number."""
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What the run was begun with, to be read by people."""
+    hybrid: str = ""
+    """What of the weights is not made of coefficients, as `zo2jax.hybrid` was told it; empty for nothing."""
 
     @classmethod
     def of(
@@ -68,6 +70,7 @@ class Header:
         rounding: Rounding,
         key: jax.Array,
         probe_batch: int | None = None,
+        hybrid: str = "",
     ) -> "Header":
         """That of a run with these, but for the base, which nobody has read yet, and the config."""
         first, second = jax.random.key_data(key).tolist()
@@ -85,6 +88,7 @@ class Header:
             dtype=str(model.dtype),
             format=None if model.format is None else model.format.as_json(),
             model=structure(model),
+            hybrid=hybrid,
         )
 
     @property
@@ -103,7 +107,10 @@ class Header:
 
     def as_json(self) -> dict[str, Any]:
         """A dictionary that JSON can hold."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        values = json.loads(json.dumps(dataclasses.asdict(self)))
+        if not self.hybrid:
+            del values["hybrid"]  # as journals of older versions lack it
+        return values
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Header":
@@ -120,7 +127,7 @@ class Header:
         >>> Header(key=(0, 7), momentum=0.9).differences(Header(key=(0, 7)))
         ['momentum: 0.9 there, 0.0 here']
         """
-        mine, theirs = self.as_json(), other.as_json()
+        mine, theirs = ({"hybrid": ""} | header.as_json() for header in (self, other))
         names = [name for name in mine if name not in ("config", "base") and mine[name] != theirs[name]]
         found = [f"{name}: {said.format(mine[name], theirs[name])}" for name in names]
         if self.base and other.base and self.base != other.base:

@@ -62,8 +62,8 @@ def replay(model: Model, journal: str | Path | Recorded, *, step: int | None = N
         step: after so many steps; all if None.
 
     Raises:
-        ValueError: for a journal of another model, a step that it does not have, and, when a block is read, for other
-            weights than those that the run began with.
+        ValueError: for a journal of another model or of a hybrid run, a step that it does not have, and, when a block
+            is read, for other weights than those that the run began with.
 
     >>> import tempfile, jax, jax.numpy as jnp, numpy as np, zo2jax as zo
     >>> start, target = {"w": np.zeros((2, 2), np.float32)}, {"t": np.ones((2, 2), np.float32)}
@@ -83,6 +83,11 @@ def replay(model: Model, journal: str | Path | Recorded, *, step: int | None = N
     if not 0 <= steps <= len(journal):
         raise ValueError(f"{journal.path} has {len(journal)} steps: step {steps} is not among them")
     format = None if model.format is None else model.format.as_json()
+    if header.hybrid:
+        raise JournalError(
+            f"{journal.path} is of a hybrid run, {header.hybrid}: no journal has what backpropagation did. The weights "
+            "are in the run's checkpoints, expected zo2jax export RUN"
+        )
     mine = replace(header, model=structure(model), dtype=str(model.dtype), format=format)
     journal.check(mine)
     readers = {block.name: partial(_replayed, model, journal, steps, block.name) for block in model.blocks}
