@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import jax
@@ -12,26 +13,72 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from killing import SAVE_EVERY, go, kept, opened
-from test_stream import FAMILIES, PLANS
+from killing import MODEL, SAVE_EVERY, go, kept, opened
 
 import zo2jax as zo
-from zo2jax import cli, visits
+from zo2jax import cli
 from zo2jax.config import ConfigError, load_config
 from zo2jax.directions import leaf_ids
 from zo2jax.header import Header
 from zo2jax.hybrid import split
 from zo2jax.metrics import read_metrics
-from zo2jax.models.blocks import get_leaf, set_leaf
+from zo2jax.models.blocks import get_leaf, set_leaf, with_tied
 from zo2jax.models.hub import load
 from zo2jax.pages import flat
 from zo2jax.replay import read_journal
+from zo2jax.tail import Tail
 from zo2jax.trained import trained_model
 from zo2jax.updates import perturb
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 SLOW = pytest.mark.slow
-MIXED = ("layers.1.attn.q.*", "layers.1.mlp.norm.*")
+
+
+def small(dtype=jnp.float32):
+    """Stages that soon compile, of which the last shares a matrix with the first."""
+    rng = np.random.default_rng(8)
+    shapes = (
+        {"w": (5, 7), "bias": (7,)},
+        {"v": (7, 7)},
+        {"cube": (7, 3, 7), "scale": (7,)},
+        {"w": (5, 7), "shift": (5,)},
+    )
+    leaves = [
+        {k: (0.3 * rng.normal(size=n)).astype(dtype if len(n) > 1 else np.float32) for k, n in named.items()}
+        for named in shapes
+    ]
+
+    def first(p, batch):
+        return jnp.tanh(batch["x"] @ p["w"].astype(jnp.float32) + p["bias"])
+
+    def middle(p, x):
+        return x + jnp.tanh(x @ p["v"].astype(jnp.float32))
+
+    def second(p, x):
+        return x + p["scale"] * jnp.tanh(jnp.einsum("bi,ijk->bk", x, p["cube"].astype(jnp.float32)))
+
+    def third(p, x):
+        return x @ p["w"].astype(jnp.float32).T + p["shift"]
+
+    def loss(y, batch):
+        losses = ((y - batch["x"]) ** 2).mean(1)
+        bad = jnp.sqrt(
+            jnp.sum(0 * y, axis=1) + (batch["bad"] != 2).astype(jnp.float32)
+        )  # of 2: 0, with a derivative of 0 / 0
+        losses = losses + bad - 1 + jnp.where(batch["bad"] == 1, jnp.nan, 0)
+        return jnp.sum(batch["weights"] * losses), jnp.sum(batch["weights"])
+
+    names, functions = ("first", "middle", "second", "third"), (first, middle, second, third)
+    stages = dict(zip(names, zip(functions, leaves, strict=True), strict=True))
+    return zo.blocks(stages, loss=loss, tied={"third.w": "first.w"})
+
+
+def numbers(count, rows=6, bad=0):
+    """Batches of `small`."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(count, rows, 5)).astype(np.float32)
+    weights = (rng.random((count, rows)) < rng.uniform(0.4, 1, (count, 1))).astype(np.float32)
+    return [{"x": a, "weights": b, "bad": np.full(rows, bad, np.float32)} for a, b in zip(x, weights, strict=True)]
 
 
 def batches(count, candidates=False):
@@ -72,94 +119,92 @@ def names_of(tree):
     return {f"{block}.{name}" for block, leaves in tree.items() for name in flat(leaves)}
 
 
-def of_last(model, count):
-    """Names of the leaves that the last blocks own."""
-    blocks = [block.name for block in model.blocks[-count:]]
-    return {name for name in names_of(arrays(model.source)) if name.startswith(tuple(f"{b}." for b in blocks))}
-
-
+MIXED, OF_LAYER = ("second.scale", "third.*"), ("layers.0.mlp.norm.*", "layers.0.mlp.down.*")
 CASES = [
-    ("llama", True, 3, zo.normal, {}),
-    ("opt", False, 2, zo.lowrank(2, refresh=2), {"parts": 2, "probe_batch": 1}),
-    ("llama", True, MIXED, zo.normal, {"parts": 2}),
-    ("llama", True, MIXED, zo.lowrank(2), {"candidates": True}),
-    pytest.param("qwen3", False, 1, zo.rademacher, {"probe_batch": 3, "parts": 2}, marks=SLOW),
-    pytest.param("qwen3", True, 4, zo.lora(2), {"parts": 2}, marks=SLOW),
+    ("small", zo.last_blocks(2), zo.normal, {"parts": 2, "probe_batch": 1}),
+    ("small", MIXED, zo.normal, {"parts": 2}),
+    ("small", MIXED, zo.lowrank(2, refresh=2), {}),
+    ("tied", zo.last_blocks(3), zo.normal, {}),
+    pytest.param("tied", zo.last_blocks(2), zo.lowrank(2), {"candidates": True}, marks=SLOW),
+    pytest.param("tied", OF_LAYER, zo.normal, {"parts": 2}, marks=SLOW),
+    pytest.param("tied", OF_LAYER, zo.lowrank(2), {"candidates": True}, marks=SLOW),
+    pytest.param("untied", zo.last_blocks(1), zo.rademacher, {"probe_batch": 3, "parts": 2}, marks=SLOW),
+    pytest.param("untied", zo.last_blocks(2), zo.lora(2), {"parts": 2}, marks=SLOW),
 ]
 
 
-@pytest.mark.parametrize(("family", "tied", "tail", "direction", "how"), CASES)
-def test_the_gradient_is_that_of_the_whole_plain_loss(family, tied, tail, direction, how, tmp_path):
+def made(name, dtype=jnp.float32):
+    if name == "small":
+        return small(dtype)
+    return replace(MODEL, tied=name == "tied").init(jax.random.key(1), dtype)
+
+
+@pytest.mark.parametrize(("name", "first_order", "direction", "how"), CASES)
+def test_the_gradient_is_that_of_the_whole_plain_loss(name, first_order, direction, how, tmp_path):
     """Float32, at every member of the population; then optax moves the leaves by it."""
-    model = FAMILIES[family](tied).init(jax.random.key(1))
-    first_order = tail if isinstance(tail, tuple) else zo.last_blocks(tail)
-    estimator, given = zo.averaged(zo.two_point(1e-2, direction=direction), 2), hybrid(first_order)
-    data = batches(how.get("parts", 1), how.get("candidates", False))
+    model, estimator = made(name), zo.averaged(zo.two_point(1e-2, direction=direction), 2)
+    given, chosen = hybrid(first_order), split(model, estimator, hybrid(first_order)).estimator
+    parts = how.get("parts", 1)
+    data = numbers(parts) if name == "small" else batches(parts, how.get("candidates", False))
     plan = zo.Plan(dict.fromkeys(model.source, "host"), probe_batch=how.get("probe_batch"))
     options = {"directory": tmp_path, "key": jax.random.key(5), "plan": plan, "hybrid": given}
     with zo.Run(model, estimator, zo.sgd(1e-3), **options) as run:
         before = arrays(run.model.source)
         info = run.step(data)
-        (gradient, _), leaves = run.state.opt_state[1].opt_state, run.state.opt_state[1].leaves
-        after = arrays(run.model.source)
-    expected_names = {n for n in names_of(before) if n.startswith(("layers.1.attn.q.", "layers.1.mlp.norm."))}
-    assert names_of(leaves) == (expected_names if tail == MIXED else of_last(model, tail))
+        found, after = run.state.opt_state[1], arrays(run.model.source)
+    gradient, leaves, names = found.opt_state[0], found.leaves, names_of(found.leaves)
+    assert names == {
+        leaf
+        for leaf in names_of(before)
+        if (
+            any(fnmatchcase(leaf, x) for x in first_order)
+            if isinstance(first_order, tuple)
+            else leaf.startswith(tuple(f"{block.name}." for block in model.blocks[-first_order.count :]))
+        )
+    }
 
-    chosen = split(model, estimator, given)
-    ids = jnp.asarray(leaf_ids(model.params))
-
-    def mean(leaves, row):
-        params = jax.tree.map(lambda x: x, model.params)
-        if direction.adapter is None:
-            params = perturb(params, info.update.keys, row, ids, direction=chosen.estimator.direction)
+    def loss(leaves, params, data):
+        params = {block: dict(own) for block, own in params.items()}
         for block, own in leaves.items():
-            for name, leaf in flat(own).items():
-                set_leaf(params[block], name, leaf)
+            params[block] = with_tied(params[block], flat(own))
         sums = [model.loss_sum(params, batch) for batch in data]
         return sum(total for total, _ in sums) / sum(count for _, count in sums)
 
-    start = {block: jax.tree.map(jnp.asarray, before[block]) for block in leaves}
-    start = {
-        block: jax.tree.map(lambda x: x, _only(start[block], names_of({block: leaves[block]}), block))
-        for block in leaves
-    }
-    found = [jax.jit(jax.value_and_grad(mean))(start, row) for row in jnp.asarray(chosen.estimator.probes)]
+    start = jax.tree.map(jnp.asarray, {})
+    for leaf in names:
+        block = next(block for block in before if leaf.startswith(f"{block}."))
+        set_leaf(start.setdefault(block, {}), leaf[len(block) + 1 :], jnp.asarray(get_leaf(before, leaf)))
     if direction.adapter is None:  # adapters are no leaves of the plain model
-        np.testing.assert_allclose(info.losses, [loss for loss, _ in found], rtol=1e-6)
-        expected = jax.tree.map(lambda *x: sum(x) / len(x), *[g for _, g in found])
+        ids, differentiate = jnp.asarray(leaf_ids(model.params)), jax.jit(jax.value_and_grad(loss))
+        keys, how = info.update.keys, {"direction": chosen.direction}
+        probes = [perturb(model.params, keys, row, ids, **how) for row in jnp.asarray(chosen.probes)]
+        losses, expected = zip(*[differentiate(start, probe, data) for probe in probes], strict=True)
+        np.testing.assert_allclose(info.losses, losses, rtol=1e-6)
+        expected = jax.tree.map(lambda *x: sum(x) / len(x), *expected)
         for x, y in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
-            assert np.linalg.norm(x - y) < 2e-6 * np.linalg.norm(y)
+            assert 0 < np.linalg.norm(x - y) + 1e-30 < 2e-6 * np.linalg.norm(y)
     adamw = optax.adamw(1e-2)
     with jax.numpy_dtype_promotion("standard"):
         moved = optax.apply_updates(start, adamw.update(gradient, adamw.init(start), start)[0])
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7), moved, leaves)
-    assert all(
-        np.array_equal(get_leaf(after, name), get_leaf(leaves, name)) for name in names_of(leaves)
-    )  # what a run shows has them
-    changed = {n for n in names_of(after) if not np.array_equal(get_leaf(after, n), get_leaf(before, n))}
-    others = {n for n in names_of(after) - names_of(leaves) if direction.trains(n, np.ndim(get_leaf(after, n)))}
-    assert changed == names_of(leaves) | others
-
-
-def _only(leaves, names, block):
-    kept = {}
-    for name, leaf in flat(leaves).items():
-        if f"{block}.{name}" in names:
-            set_leaf(kept, name, leaf)
-    return kept
+    assert all(np.array_equal(get_leaf(after, x), get_leaf(leaves, x)) for x in names)  # what a run shows has them
+    changed = {x for x in names_of(after) if not np.array_equal(get_leaf(after, x), get_leaf(before, x))}
+    assert changed == names | {x for x in names_of(after) - names if direction.trains(x, get_leaf(after, x).ndim)}
 
 
 TIERS = [
-    ("llama", True, "bfloat16", zo.normal, zo.last_blocks(3), "mixed"),
-    ("opt", False, "float32", zo.lowrank(2, refresh=2), ("layers.1.mlp.*", "head.norm.*"), "disk"),
-    pytest.param("llama", False, "bfloat16", zo.rademacher, MIXED, "host", marks=SLOW),
+    ("small", "bfloat16", zo.normal, zo.last_blocks(2), "disk"),
+    ("small", "float32", zo.lowrank(2, refresh=2), MIXED, "host"),
+    pytest.param("tied", "bfloat16", zo.normal, zo.last_blocks(3), "host", marks=SLOW),
+    pytest.param("untied", "bfloat16", zo.lowrank(2, refresh=2), zo.last_blocks(2), "disk", marks=SLOW),
+    pytest.param("untied", "float32", zo.rademacher, OF_LAYER, "host", marks=SLOW),
 ]
 
 
-@pytest.mark.parametrize(("family", "tied", "dtype", "direction", "first_order", "tier"), TIERS)
-def test_tiers_change_no_bit(family, tied, dtype, direction, first_order, tier, tmp_path):
+@pytest.mark.parametrize(("name", "dtype", "direction", "first_order", "tier"), TIERS)
+def test_tiers_change_no_bit(name, dtype, direction, first_order, tier, tmp_path):
     """Evaluations in between neither; zeroth-order leaves are those that the coefficients make, and the tail falls."""
-    model, data = FAMILIES[family](tied).init(jax.random.key(1), dtype), batches(6)
+    model, data = made(name, dtype), numbers(6) if name == "small" else batches(6)
     estimator, given = zo.averaged(zo.two_point(1e-3, direction=direction), 2), hybrid(first_order)
 
     def trained(name, plan, evaluate):
@@ -175,11 +220,12 @@ def test_tiers_change_no_bit(family, tied, dtype, direction, first_order, tier, 
             return arrays(run.model.source), jax.tree.map(np.asarray, run.state.opt_state), updates, tiers
 
     weights, state, updates, _ = trained("device", None, False)
-    others, other_state, _, tiers = trained("other", PLANS[tier], True)
+    others, other_state, _, tiers = trained("other", zo.Plan(dict.fromkeys(model.source, tier)), True)
     assert_same(weights, others)
     assert_same(state, other_state)
     leaves = state[1].leaves
-    assert all(tiers[block] == "device" for block in leaves) and tiers["layers.0.mlp"] != "host" or tier != "host"
+    tail = split(model, estimator, given).blocks
+    assert {tiers[block] for block in tail} == {"device"} and tier in tiers.values()
     for name in names_of(leaves):  # what is looked at is the float32 leaf, rounded
         found = get_leaf(weights, name)
         assert np.array_equal(found, get_leaf(leaves, name).astype(found.dtype))
@@ -195,94 +241,75 @@ def test_tiers_change_no_bit(family, tied, dtype, direction, first_order, tier, 
 
 
 def _block(blocks, name):
-    return max((block for block in blocks if name.startswith(block + ".")), key=len)
+    return next(block for block in blocks if name.startswith(block + "."))
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(what, tmp_path):
-    def loss(outputs, batch):
-        bad = jnp.sqrt(jnp.sum(0 * outputs, axis=(1, 2)))  # 0, with a derivative of 0 / 0
-        return jnp.sum(jax.nn.logsumexp(outputs, -1), 1) + jnp.where(
-            batch["bad"], bad if what == "gradient" else jnp.nan, 0
-        )
-
-    model, data = FAMILIES["opt"](True).init(jax.random.key(1)), batches(1)[0]
-    options = {"directory": tmp_path, "key": jax.random.key(5), "loss": loss, "hybrid": hybrid(zo.last_blocks(2))}
-    with zo.Run(model, zo.two_point(1e-3), zo.sgd(1e-3), **options, max_skipped=3) as run:
-        run.step(data | {"bad": np.array([False] * 3)})
-        before = jax.tree.map(np.asarray, (dict(run.model.source), run.state.opt_state[1]))
-        info = run.step(data | {"bad": np.array([True] * 3)})
-        after = jax.tree.map(np.asarray, (dict(run.model.source), run.state.opt_state[1]))
-        assert bool(info.skipped)
+    """A loss that is, of which the gradient is not, neither."""
+    good, bad = numbers(1)[0], numbers(1, bad=1 if what == "loss" else 2)[0]
+    options = {"directory": tmp_path, "key": jax.random.key(5), "hybrid": hybrid(zo.last_blocks(2))}
+    with zo.Run(small(), zo.two_point(1e-3), zo.sgd(1e-3), **options) as run:
+        run.step(good)
+        before = jax.tree.map(np.asarray, (arrays(run.model.source), run.state.opt_state[1]))
+        assert bool(run.step(bad).skipped)
+        after = jax.tree.map(np.asarray, (arrays(run.model.source), run.state.opt_state[1]))
         assert_same(before, after)
-        run.step(data | {"bad": np.array([False] * 3)})
-        assert not np.array_equal(run.model.source["head"]["norm"]["weight"], after[0]["head"]["norm"]["weight"])
+        assert not bool(run.step(good).skipped)
+        moved = zip(*map(jax.tree.leaves, (arrays(run.model.source), after[0])), strict=True)
+        assert all((x != y).any() for x, y in moved)
 
 
-def test_a_batch_without_targets_costs_nothing(tmp_path):
-    model, data = FAMILIES["opt"](True).init(jax.random.key(1)), batches(2)
+@pytest.mark.parametrize("name", ["small", pytest.param("untied", marks=SLOW)])
+def test_a_batch_that_the_tail_cannot_take_costs_nothing(name, tmp_path):
+    model, data = made(name), numbers(2) if name == "small" else batches(2)
+    bad = {"x": data[0]["x"]} if name == "small" else {"ids": data[0]["ids"]}
+    expected = (KeyError, "bad") if name == "small" else (ValueError, r"a batch of \['ids'\] has no loss")
 
-    def trained(name, between):
-        options = {"directory": tmp_path / name, "key": jax.random.key(5), "hybrid": hybrid(zo.last_blocks(2))}
+    def trained(directory, between):
+        options = {"directory": tmp_path / directory, "key": jax.random.key(5), "hybrid": hybrid(zo.last_blocks(1))}
         with zo.Run(model, zo.two_point(1e-3), zo.sgd(1e-2), **options) as run:
             run.step(data[0])
             for batch in between:
-                with pytest.raises(ValueError, match=r"a batch of \['ids'\] has no loss"):
+                with pytest.raises(expected[0], match=expected[1]):
                     run.step(batch)
             run.step(data[1])
             return arrays(run.model.source)
 
-    assert_same(trained("a", []), trained("b", [{"ids": data[0]["ids"]}]))
+    assert_same(trained("a", []), trained("b", [bad]))
 
 
 def test_members_go_through_the_tail_one_after_the_other(monkeypatch, tmp_path):
-    """Eight take the memory of two but for what comes and goes; and blocks are computed again on the way back."""
-    model, found = FAMILIES["opt"](True).init(jax.random.key(1)), {}
-    lower = visits.backpropagate.lower
+    """Eight take the memory of two."""
+    model, found, compile = small(), {}, Tail.compile
 
-    class Seen:
-        def __call__(self, *given, **how):
-            return visits_backpropagate(*given, **how)
+    def seen(tail, stages, held, probes, *given):
+        compiled = compile(tail, stages, held, probes, *given)
+        found[len(probes[1])] = compiled.memory_analysis().temp_size_in_bytes
+        return compiled
 
-        def lower(self, *given, **how):
-            lowered = lower(*given, **how)
-            found[len(given[3][1])] = lowered.compile().memory_analysis().temp_size_in_bytes
-            return lowered
-
-    visits_backpropagate = visits.backpropagate
-    monkeypatch.setattr(visits, "backpropagate", Seen())
+    monkeypatch.setattr(Tail, "compile", seen)
     for n in (1, 4):
-        options = {"directory": tmp_path / str(n), "key": jax.random.key(5), "hybrid": hybrid(zo.last_blocks(3))}
+        options = {"directory": tmp_path / str(n), "key": jax.random.key(5), "hybrid": hybrid(zo.last_blocks(2))}
         with zo.Run(model, zo.averaged(zo.two_point(1e-3), n), zo.sgd(1e-2), **options) as run:
-            run.step(batches(1)[0])
-    assert sorted(found) == [2, 8] and found[8] < 1.2 * found[2]
+            run.step(numbers(1, rows=2000)[0])
+    assert sorted(found) == [2, 8] and found[8] < 1.1 * found[2]
 
 
 def test_codes(tmp_path):
     """First-order matrices are floats in a model with a format; what is shared with the tail may be codes."""
-    model = FAMILIES["llama"](True).init(jax.random.key(1), "bfloat16").with_format(zo.int8())
-    estimator, data = zo.two_point(1e-3, direction=zo.lowrank(2, refresh=3)), batches(8)
-    options = {"key": jax.random.key(5), "hybrid": hybrid(zo.last_blocks(3), optax.adamw(1e-3))}
+    model = made("tied", "bfloat16").with_format(zo.int8())
+    estimator, data = zo.two_point(1e-3, direction=zo.lowrank(2)), batches(1)
+    options = {"key": jax.random.key(5), "hybrid": hybrid(zo.last_blocks(2))}
     with zo.Run(model, estimator, zo.sgd(1e-3), directory=tmp_path / "a", **options) as run:
-        for batch in data:
-            run.step(batch)
-        whole = arrays(run.model.source)
-        places = {block: dict(run._stream.layouts[block].matrices) for block in ("layers.0.mlp", "layers.1.mlp")}
-        assert [
-            places[block]["up.weight" if "up.weight" in places[block] else "gate.weight"].scale is None
-            for block in places
-        ] == [False, True]
-    with zo.Run(model, estimator, zo.sgd(1e-3), directory=tmp_path / "b", **options) as run:
-        for batch in data[:5]:
-            run.step(batch)
-        run.save()
-    with zo.Run(model, estimator, zo.sgd(1e-3), directory=tmp_path / "b", **options) as run:
-        for batch in run.remaining(data):
-            run.step(batch)
-        assert_same(arrays(run.model.source), whole)
+        losses = [float(run.step(data[0]).loss) for _ in range(6)]
+        layouts = run._stream.layouts
+    coded = {block: {place.scale is not None for _, place in layout.matrices} for block, layout in layouts.items()}
+    assert coded == {"embed": {True}, "layers.0.attn": {True}, "layers.0.mlp": {False}, "head": set()}
+    assert losses[-1] < losses[0] - 0.1
     fast = model.with_format(zo.int8(compute="int8"))
     with pytest.raises(ValueError, match=r"the format is int8.*embed.weight is used in the tail.* have no derivative"):
-        zo.Run(fast, estimator, zo.sgd(1e-3), directory=tmp_path / "c", **options)
+        zo.Run(fast, estimator, zo.sgd(1e-3), directory=tmp_path / "b", **options)
 
 
 # --- how it goes on ---
@@ -290,11 +317,11 @@ def test_codes(tmp_path):
 
 def test_it_goes_on_after_its_last_checkpoint(tmp_path):
     """With the same bits, also of the journal, and says so; until then its last steps are nowhere."""
-    model, data = FAMILIES["opt"](True).init(jax.random.key(1), "bfloat16"), batches(9)
+    model, data = small("bfloat16"), numbers(9)
     options = {"key": jax.random.key(5), "hybrid": hybrid(zo.last_blocks(2))}
 
-    def opened(name, **more):
-        return zo.Run(model, zo.two_point(1e-3), zo.sgd(1e-2, 0.1), directory=tmp_path / name, **options, **more)
+    def opened(name):
+        return zo.Run(model, zo.two_point(1e-3), zo.sgd(1e-2, 0.1), directory=tmp_path / name, **options)
 
     def train(run, until):
         for batch in run.remaining(data[:until]):
@@ -331,8 +358,8 @@ def test_it_goes_on_after_its_last_checkpoint(tmp_path):
     assert lines("parts") == lines("whole") and len(lines("whole")) == 10
     assert (tmp_path / "parts" / "journal").read_bytes() == (tmp_path / "whole" / "journal").read_bytes()
     assert "hybrid    last_blocks(2)" in str(read_journal(tmp_path / "parts"))
-    options["hybrid"] = hybrid(zo.last_blocks(3))
-    with pytest.raises(ValueError, match=r"hybrid: last_blocks\(2\) there, last_blocks\(3\) here"):
+    options["hybrid"] = hybrid(zo.last_blocks(1))
+    with pytest.raises(ValueError, match=r"hybrid: last_blocks\(2\) there, last_blocks\(1\) here"):
         opened("parts")
     del options["hybrid"]
     with pytest.raises(ValueError, match=r"hybrid: last_blocks\(2\) there,  here"):
@@ -340,16 +367,16 @@ def test_it_goes_on_after_its_last_checkpoint(tmp_path):
 
 
 def test_it_saves_so_often_that_little_is_done_again(tmp_path):
-    model, data = FAMILIES["opt"](True).init(jax.random.key(1)), batches(4)
     options = {"directory": tmp_path, "key": jax.random.key(5), "hybrid": hybrid(zo.last_blocks(1))}
-    with zo.Run(model, zo.two_point(1e-3), zo.sgd(1e-3), **options, replay_within=0.0) as run:
-        for batch in data:
+    with zo.Run(small(), zo.two_point(1e-3), zo.sgd(1e-3), **options, replay_within=0.0) as run:
+        for batch in numbers(4):
             run.step(batch)
         assert run._files.snapshots.last == 3
     with pytest.warns(UserWarning, match="of step 3: the steps up to 4 are done again"):
-        zo.Run(model, zo.two_point(1e-3), zo.sgd(1e-3), **options).close()
+        zo.Run(small(), zo.two_point(1e-3), zo.sgd(1e-3), **options).close()
 
 
+@SLOW
 def test_killed_while_it_saves(tmp_path):
     """In the second checkpoint: over folds and codes, the bits of a run that nothing happened to."""
     until = 2 * SAVE_EVERY + 3
@@ -404,7 +431,7 @@ def test_train_by_a_config(tiny_folder, text_file, tmp_path, capsys, monkeypatch
     with pytest.warns(UserWarning, match="of step 4: the steps up to 5 are done again"):
         assert cli.main(arguments("run")) == 0
     losses = [line["eval/loss"] for line in read_metrics(tmp_path / "run") if "eval/loss" in line]
-    assert losses[-1] < losses[0] - 0.1
+    assert losses[-1] < losses[0] - 0.03
     for name in ("run", "whole"):
         assert cli.main(["export", str(tmp_path / name), "-o", str(tmp_path / f"{name} model")]) == 0
     assert_same(*(arrays(load(tmp_path / f"{name} model").source) for name in ("run", "whole")))
@@ -430,30 +457,40 @@ def test_configs_say_what_they_cannot_be():
 
 
 REFUSED = {
-    r"first_order \['tail.\*'\] name no leaf that a block owns, such as .*head.norm.weight": ("head.*", "tail.*"),
-    r"first_order names embed.weight, which another block shares": ("embed.*",),
-    r"first_order=last_blocks\(6\) begins at block embed|which another block shares": zo.last_blocks(6),
-    r"begins at block layers.0.attn, and before it .* trains nothing": zo.last_blocks(5),
+    r"first_order \['tail.\*'\] name no leaf that a block owns, such as .*third.shift": ("third.*", "tail.*"),
+    "first_order names first.w, which another block shares: it is zeroth-order": ("first.*",),
+    r"first_order=last_blocks\(3\) begins at block middle, and before it .* trains nothing": zo.last_blocks(3),
 }
 
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_cannot_be_first_order(message, tmp_path):
-    model, options = FAMILIES["opt"](True).init(jax.random.key(1)), {"directory": tmp_path, "key": jax.random.key(0)}
-    frozen = zo.two_point(1e-3, direction=zo.dense(targets=("layers.*",)))
+    frozen = zo.two_point(1e-3, direction=zo.dense(targets=("middle.*", "second.*")))
+    options = {"directory": tmp_path, "key": jax.random.key(0), "hybrid": hybrid(REFUSED[message])}
     with pytest.raises(ValueError, match=message):
-        zo.Run(model, frozen, zo.sgd(1e-3), **options, hybrid=hybrid(REFUSED[message]))
+        zo.Run(small(), frozen, zo.sgd(1e-3), **options)
     assert not list(tmp_path.iterdir())
 
 
+def test_targets_that_are_first_order_are_not_perturbed():
+    """Whatever the patterns; of other blocks those stay that the direction had."""
+    given = hybrid(MIXED)
+    for targets, expected in (
+        ((), ("first.*", "middle.*", "second.cube")),
+        (("middle.*", "second.*"), ("middle.*", "second.cube")),
+        (("first.b*", "third.*"), ("first.bias",)),
+    ):
+        estimator = zo.two_point(1e-3, direction=zo.dense(targets=targets))
+        assert split(small(), estimator, given).estimator.direction.targets == expected
+
+
 def test_what_does_not_go_with_it(tmp_path):
-    model, options = FAMILIES["opt"](True).init(jax.random.key(1)), {"directory": tmp_path, "key": jax.random.key(0)}
-    how, options["hybrid"] = (model, zo.two_point(1e-3), zo.sgd(1e-3)), hybrid(("head.*",))
+    options = {"directory": tmp_path, "key": jax.random.key(0), "hybrid": hybrid(("third.*",))}
     with pytest.raises(ValueError, match="a score of texts has no gradient"):
-        zo.Run(*how, **options, loss=zo.Generated(lambda text, gold: 0.0))
+        zo.Run(small(), zo.two_point(1e-3), zo.sgd(1e-3), **options, loss=zo.Generated(lambda text, gold: 0.0))
     periods = zo.two_point(1e-3, direction=zo.dense("normal", refresh=4))
     with pytest.raises(ValueError, match="in a hybrid run: expected one without a refresh, or lowrank"):
-        zo.Run(model, periods, zo.sgd(1e-3), **options)
+        zo.Run(small(), periods, zo.sgd(1e-3), **options)
     with pytest.raises(ValueError, match=r"first_order is 'head.\*', expected"):
         zo.hybrid(first_order="head.*", optimizer=optax.sgd(0.1))
     with pytest.raises(ValueError, match=r"first_order is \(\), expected"):

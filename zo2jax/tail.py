@@ -57,10 +57,15 @@ class Tail:
     def visit(self, stages: Sequence[Stage], held: Any, probes: Any, carry: Any, batch: Batch, how: Any) -> Any:
         """The members' (loss sums, counts), float32 [M] both; see `zo2jax.visits.backpropagate`."""
         own = self._own()
-        before = jax.tree.map(jnp.zeros_like, own) if self._gradient is None else self._gradient
+        before = _zeros(own) if self._gradient is None else self._gradient
         given = tuple(stages), held, own, probes, carry, batch, before
         sums, self._gradient = visits.backpropagate(*given, **how)
         return sums
 
     def _own(self) -> tuple[Params, ...]:
         return tuple(self._leaves.get(name, {}) for name in self._names)
+
+
+@jax.jit
+def _zeros(leaves: tuple[Params, ...]) -> tuple[Params, ...]:
+    return jax.tree.map(jnp.zeros_like, leaves)

@@ -94,9 +94,9 @@ def _find(directory: str | Path, best: bool) -> _Found:
     journal = None if best else read_journal(folder)
     if journal is not None and journal.header.hybrid and len(journal) != number:
         raise JournalError(
-            f"{directory} is a hybrid run, {journal.header.hybrid}, and its journal ends at step {len(journal)}, but what "
-            f"backpropagation did is in checkpoints alone, the last of step {number or 0}: go on with the run, which "
-            "begins again there, or take its best checkpoint (--best)"
+            f"{directory} is a hybrid run, {journal.header.hybrid}, and its journal ends at step {len(journal)}, but "
+            f"what backpropagation did is in checkpoints alone, the last of step {number or 0}: go on with the run, "
+            "which begins again there, or take its best checkpoint (--best)"
         )
     return _Found(folder, config, model, estimator, number, journal)
 
