@@ -25,7 +25,7 @@ from zo2jax.metrics import read_metrics
 from zo2jax.models.blocks import get_leaf, set_leaf, with_tied
 from zo2jax.models.hub import load
 from zo2jax.pages import flat
-from zo2jax.replay import read_journal
+from zo2jax.replay import pack, read_journal
 from zo2jax.tail import Tail
 from zo2jax.trained import trained_model
 from zo2jax.updates import perturb
@@ -348,6 +348,8 @@ def test_it_goes_on_after_its_last_checkpoint(tmp_path):
         assert run.steps_done == 7
     with pytest.raises(ValueError, match=r"is of a hybrid run, last_blocks\(2\): no journal has what backprop"):
         zo.replay(model, tmp_path / "parts")
+    with pytest.raises(ValueError, match="is of a hybrid run"):
+        pack(tmp_path / "parts", tmp_path / "parts.zo")
     with pytest.warns(UserWarning, match="after its last checkpoint, of step 4: the steps up to 7 are done again"):
         run = opened("parts")
     with run:

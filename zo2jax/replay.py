@@ -83,11 +83,7 @@ def replay(model: Model, journal: str | Path | Recorded, *, step: int | None = N
     if not 0 <= steps <= len(journal):
         raise ValueError(f"{journal.path} has {len(journal)} steps: step {steps} is not among them")
     format = None if model.format is None else model.format.as_json()
-    if header.hybrid:
-        raise JournalError(
-            f"{journal.path} is of a hybrid run, {header.hybrid}: no journal has what backpropagation did. The weights "
-            "are in the run's checkpoints, expected zo2jax export RUN"
-        )
+    _check_whole(journal)
     mine = replace(header, model=structure(model), dtype=str(model.dtype), format=format)
     journal.check(mine)
     readers = {block.name: partial(_replayed, model, journal, steps, block.name) for block in model.blocks}
@@ -98,12 +94,23 @@ def pack(run: str | Path, file: str | Path, *, step: int | None = None) -> Path:
     """Writes a run, or its first ``step`` steps, as one small file: its journal, with its present config.
 
     Raises:
-        FileNotFoundError, FileExistsError, ValueError: if there is no such run, something of this name, no such step.
+        FileNotFoundError, FileExistsError, ValueError: if there is no such run, something of this name, no such step;
+            for a hybrid run.
     """
     journal, path = read_journal(run), Path(file).expanduser()
+    _check_whole(journal)
     config = journal.path.parent / "config.json"
     journal.copy(path, step, json.loads(config.read_text()) if config.is_file() else None)
     return path
+
+
+def _check_whole(journal: Recorded) -> None:
+    """Raises if base and journal are not all that weights are made of."""
+    if journal.header.hybrid:
+        raise JournalError(
+            f"{journal.path} is of a hybrid run, {journal.header.hybrid}: no journal has what backpropagation did. The "
+            "weights are in the run's checkpoints, expected zo2jax export RUN"
+        )
 
 
 def _replayed(model: Model, journal: Recorded, steps: int, name: str) -> Params:

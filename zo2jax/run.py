@@ -237,7 +237,10 @@ class Run:
 
     @property
     def state(self) -> State:
-        """The state of `zo2jax.mezo`, with every update applied; a copy, of the whole model."""
+        """The state of `zo2jax.mezo`, with every update applied; a copy, of the whole model.
+
+        Of a hybrid run the optimizer's state is a pair, with a `zo2jax.hybrid.FirstOrder`.
+        """
         self._weights.settle()
         whole = self._whole if self._learner is None else jax.tree.map(jnp.copy, self._whole)
         return whole._replace(params=dict(self._stream))
@@ -284,8 +287,8 @@ class Run:
         self._pending = None
         if self._learner is None:
             self._saver.step(self._state, self._weights)
-        self._state = state
         leaves = None if self._learner is None else self._learner.conclude(sums[1], info.skipped)
+        self._state = state
         self._weights.take(info.update, leaves)
         found = info.loss, info.projected_gradient, info.losses, info.skipped
         self._pending = StepInfo(self.steps_done, *found, self._rate, _tokens(batch), up, down, info.update)
