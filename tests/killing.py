@@ -30,6 +30,7 @@ SETTINGS = {
     "momentum": (jnp.bfloat16, None, zo.lowrank(2, refresh=7), zo.sgd(RATE, momentum=0.9), zo.residual, "host"),
     "factors": (jnp.float32, zo.int4(), zo.lowrank(2, refresh=9), zo.sgd(RATE, 0.1), zo.stochastic, "disk"),
     "lora": (jnp.float32, None, zo.lora(3, targets=("*.attn.q.*",)), zo.sgd(RATE, 0.1), zo.stochastic, "device"),
+    "hybrid": (jnp.bfloat16, zo.int8(), zo.lowrank(2, refresh=7), zo.sgd(RATE, 0.1), zo.stochastic, "host"),
     "frozen": (jnp.bfloat16, zo.int8(), zo.lowrank(2, refresh=None), zo.sgd(RATE, 0.1), zo.stochastic, "device"),
 }
 
@@ -52,13 +53,15 @@ def opened(setting, directory):
     _, _, direction, optimizer, rounding, tier = SETTINGS[setting]
     plan = zo.Plan() if tier == "device" else zo.Plan(dict.fromkeys(NAMES, tier))
     options = {"directory": directory, "key": jax.random.key(5), "plan": plan, "rounding": rounding}
+    if setting == "hybrid":
+        options["hybrid"] = zo.hybrid(first_order=zo.last_blocks(2), optimizer=optax.adamw(1e-3))
     return zo.Run(model_of(setting), zo.two_point(1e-3, direction=direction), optimizer, **options)
 
 
 def kept(run):
     """All that a run keeps, as arrays."""
     run.flush()
-    entries = dict(run._kept.entries(run._stream)), run._state.opt_state, run._state.step
+    entries = dict(run._kept.entries(run._stream)), run._whole.opt_state, run._state.step
     return jax.tree.map(np.asarray, entries)
 
 

@@ -36,8 +36,8 @@ def load_example(name: str) -> ModuleType:
 
 
 def test_every_example_is_tested():
-    others = {"books_to_shakespeare.py", "compare_estimators.py", "plot_runs.py", "pretrain_tiny.py"}
-    others |= {"quickstart.ipynb"}
+    others = {"books_to_shakespeare.py", "compare_estimators.py", "compare_hybrid.py", "hybrid_memory.py"}
+    others |= {"plot_runs.py", "pretrain_tiny.py", "quickstart.ipynb"}
     assert {p.name for p in EXAMPLES.iterdir() if p.is_file()} == {*FALLS, *others}
 
 
@@ -84,6 +84,31 @@ def test_svrg_error(tmp_path, monkeypatch, capsys):
     assert pairs.shape == mine.shape == (5,) and 0 < mine.max() < pairs.mean() / 3
     assert (tmp_path / "svrg.png").read_bytes()[1:4] == b"PNG"
     assert "svrg, 11.2 passes a step, rate 0.0001" in capsys.readouterr().out
+
+
+def test_compare_hybrid(tiny_folder, text_file, tmp_path, monkeypatch, capsys):
+    example = load_example("compare_hybrid.py")
+    choices = {name: example.CHOICES[name] for name in ("zeroth order", "hybrid, last_blocks(3)")}
+    monkeypatch.setattr(example, "CHOICES", choices)
+    options = {"seconds": 0.2, "points": 2, "batch": 2, "tokens": 16, "output": tmp_path / "hybrid.png"}
+    found = example.main(str(tiny_folder), str(text_file), **options)
+    assert list(found) == list(choices) and len(found) == 2
+    for curve in found.values():
+        assert len(curve.losses) == len(curve.steps) == len(curve.seconds) == 3 and curve.steps[0] == 0
+        assert curve.seconds[1] >= 0.1 and curve.seconds[2] >= 0.2 and np.isfinite(curve.losses).all()
+    plain, hybrid = found.values()
+    assert plain.losses[0] == hybrid.losses[0] and plain.losses[-1] != hybrid.losses[-1]
+    assert (tmp_path / "hybrid.png").read_bytes()[1:4] == b"PNG"
+    assert f"-> {hybrid.losses[-1]:.4f} in" in capsys.readouterr().out
+
+
+def test_hybrid_memory(capsys):
+    found = load_example("hybrid_memory.py").main("opt-tiny", tokens=32, layers=1, steps=1)
+    leaves, state, gradient, arguments, made, *peaks = found.values()
+    head, layer = 256 * 64 + 2 * 64, 4 * 64 * 64 + 2 * 64 * 128 + 9 * 64 + 128  # matrices, biases and norms
+    assert leaves == gradient == 4 * (head + layer) and state == 2 * leaves + 4
+    assert arguments > leaves + gradient and made > 0 and len(peaks) == 2
+    assert "MiB  state of AdamW" in capsys.readouterr().out
 
 
 @pytest.mark.slow

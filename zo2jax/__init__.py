@@ -24,6 +24,8 @@ from zo2jax.estimators import svrg as svrg
 from zo2jax.estimators import two_point as two_point
 from zo2jax.formats import int4 as int4
 from zo2jax.formats import int8 as int8
+from zo2jax.hybrid import hybrid as hybrid
+from zo2jax.hybrid import last_blocks as last_blocks
 from zo2jax.mezo import Info as Info
 from zo2jax.mezo import Mezo as Mezo
 from zo2jax.mezo import State as State

@@ -11,12 +11,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args, get_type_hints
 
+import jax
 import optax
 import tyro
 
 from zo2jax.directions import Direction, dense, lora, lowrank
 from zo2jax.estimators import Estimator, averaged, leave_one_out, one_sided, svrg, two_point
 from zo2jax.formats import Format, named
+from zo2jax.hybrid import Hybrid, hybrid, last_blocks
 from zo2jax.models.model import Model
 from zo2jax.optimizers import Optimizer, clip_by_running_scale, sgd
 from zo2jax.plan import Plan, parse_size, plan
@@ -120,6 +122,11 @@ class Config:
     anchor_directions: int = 0
     """Of the first step of such a period, a multiple of ``directions``, such as twice the ``refresh``; for
     estimator=svrg."""
+    first_order: str = ""
+    """What is trained by backpropagation and AdamW, as `zo2jax.hybrid` says: "head", "last_blocks:3", or patterns of
+    leaves in the last blocks, separated by commas; empty for nothing."""
+    first_order_rate: float = 1e-3
+    """Its learning rate, with the ``schedule``, ``warmup`` and ``weight_decay`` of the other."""
     micro_batches: int = 1
     """In which the ``batch`` rows of a step are computed, for activations of one of them."""
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""
@@ -202,7 +209,7 @@ class Config:
                 parse_size(self.device_memory)
             except ValueError as error:
                 raise ConfigError(f"device_memory={self.device_memory}: {error}") from None
-        for name in ("learning_rate", "weight_decay", "clip", "eps_end", "alpha", "sync_every"):
+        for name in ("learning_rate", "first_order_rate", "weight_decay", "clip", "eps_end", "alpha", "sync_every"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}={getattr(self, name)}: expected a finite number of at least 0")
         if not self.replay_within >= 0:
@@ -212,6 +219,10 @@ class Config:
         if not 0 < self.held_out < 1:
             raise ConfigError(f"held_out={self.held_out}: expected a fraction between 0 and 1")
         self.make_estimator()
+        if self.make_hybrid() is not None and self.objective in ("accuracy", "generated"):
+            raise ConfigError(
+                f"first_order={self.first_order}, objective={self.objective}: expected an objective with a gradient"
+            )
         for name in ("seed", "data_seed"):
             if not 0 <= getattr(self, name) < 2**32:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected an integer from 0 to 2**32 - 1")
@@ -257,7 +268,34 @@ class Config:
 
     def make_optimizer(self) -> Optimizer:
         """SGD with the config's schedule, decay, momentum and clip."""
-        highest, steps = self.learning_rate, self.steps - self.warmup
+        clip = optax.clip(self.clip) if self.clip else None
+        transform = clip_by_running_scale(self.clip_scale) if self.clip_scale else clip
+        rate = self._rate(self.learning_rate)
+        return sgd(rate, self.weight_decay, momentum=self.momentum, transform=transform)
+
+    def make_hybrid(self) -> Hybrid | None:
+        """What is trained by backpropagation, with AdamW, whose weight decay is that of matrices; or None.
+
+        Raises:
+            ConfigError: for what `zo2jax.hybrid` refuses.
+        """
+        if not self.first_order:
+            return None
+        kind, _, count = self.first_order.partition(":")
+        patterns = tuple(pattern.strip() for pattern in self.first_order.split(",") if pattern.strip())
+        try:
+            count = "1" if self.first_order == "head" else count
+            chosen = last_blocks(int(count)) if self.first_order == "head" or kind == "last_blocks" else patterns
+            decayed = lambda leaves: jax.tree.map(lambda leaf: leaf.ndim > 1, leaves)  # noqa: E731
+            rate = self._rate(self.first_order_rate)
+            adamw = optax.adamw(rate, weight_decay=self.weight_decay, mask=decayed)
+            return hybrid(first_order=chosen, optimizer=adamw)
+        except ValueError as error:
+            raise ConfigError(f"first_order={self.first_order}: {error}") from None
+
+    def _rate(self, highest: float) -> Any:
+        """A learning rate with the config's warmup and schedule."""
+        steps = self.steps - self.warmup
         rates = {
             "constant": highest,
             "linear": optax.linear_schedule(highest, 0.0, steps),
@@ -269,9 +307,7 @@ class Config:
             rate = optax.join_schedules(
                 [rise, rate if callable(rate) else optax.constant_schedule(rate)], [self.warmup]
             )
-        clip = optax.clip(self.clip) if self.clip else None
-        transform = clip_by_running_scale(self.clip_scale) if self.clip_scale else clip
-        return sgd(rate, self.weight_decay, momentum=self.momentum, transform=transform)
+        return rate
 
     def make_plan(self, model: Model, batch: Any) -> Plan:
         """Where the blocks of a model live while batches of these shapes are trained on.
@@ -333,7 +369,8 @@ class Config:
             "eps_end",
             "prefix",
         )
-        later += ("perturb_dtype",)
+        later += ("perturb_dtype", "first_order")
+        neutral += () if self.first_order else ("first_order_rate",)
         neutral += tuple(name for name in later if getattr(self, name) == getattr(Config, name))
         neutral += () if self.anchor_directions else ("anchor_directions",)
         neutral += () if self.direction in _LOW_RANK else ("rank",)

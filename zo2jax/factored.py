@@ -174,6 +174,7 @@ class Factored:
     def product(self, x: jax.Array, dtype: Any) -> jax.Array:
         """X [..., n_in] -> x by the transposed matrix, in ``dtype``."""
         x, matrix = lax.optimization_barrier((x, self._matrix))  # as in `zo2jax.probes.Matrices.product`
+        matrix = lax.stop_gradient(matrix)
         exact = jnp.float32 if self._compute == "int8" else dtype  # what no unit of 16 bits made is not rounded to them
         y = times(x, matrix, exact, self._compute)
         if not self._v.shape[1]:

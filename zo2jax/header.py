@@ -22,6 +22,8 @@ from zo2jax.optimizers import Optimizer
 from zo2jax.pages import flat, on_host
 from zo2jax.updates import Rounding
 
+_LATER: dict[str, Any] = {"anchor_directions": 0, "hybrid": ""}  # fields that headers lack where they say nothing
+
 
 @dataclass(frozen=True)
 class Header:
@@ -60,6 +62,8 @@ class Header:
     """Of the noise: the same addresses have other values with another number."""
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What the run was begun with, to be read by people."""
+    hybrid: str = ""
+    """What of the weights is not made of coefficients, as `zo2jax.hybrid` was told it; empty for nothing."""
 
     @classmethod
     def of(
@@ -70,6 +74,7 @@ class Header:
         rounding: Rounding,
         key: jax.Array,
         probe_batch: int | None = None,
+        hybrid: str = "",
     ) -> "Header":
         """That of a run with these, but for the base, which nobody has read yet, and the config."""
         first, second = jax.random.key_data(key).tolist()
@@ -87,6 +92,7 @@ class Header:
             dtype=str(model.dtype),
             format=None if model.format is None else model.format.as_json(),
             model=structure(model),
+            hybrid=hybrid,
         )
 
     @property
@@ -116,8 +122,9 @@ class Header:
     def as_json(self) -> dict[str, Any]:
         """A dictionary that JSON can hold."""
         values = dataclasses.asdict(self)
-        if not self.anchor_directions:  # as of versions that lack it
-            del values["anchor_directions"]
+        for name in _LATER:
+            if not values[name]:  # as of versions that lack it
+                del values[name]
         return json.loads(json.dumps(values))
 
     @classmethod
@@ -135,7 +142,7 @@ class Header:
         >>> Header(key=(0, 7), momentum=0.9).differences(Header(key=(0, 7)))
         ['momentum: 0.9 there, 0.0 here']
         """
-        mine, theirs = ({"anchor_directions": 0, **header.as_json()} for header in (self, other))
+        mine, theirs = (_LATER | header.as_json() for header in (self, other))
         names = [name for name in mine if name not in ("config", "base") and mine[name] != theirs[name]]
         found = [f"{name}: {said.format(mine[name], theirs[name])}" for name in names]
         if self.base and other.base and self.base != other.base:

@@ -153,6 +153,7 @@ class Recorded:
             else "",
             "estimator": header.estimator + (f", {header.probe_batch} members at once" if header.probe_batch else ""),
             "optimizer": header.optimizer,
+            "hybrid": header.hybrid,
             "matrices": f"{header.dtype}, {header.rounding} rounding" + (f", {header.format}" if header.format else ""),
             "base": hashlib.sha256(json.dumps(header.base, sort_keys=True).encode()).hexdigest()[:16],
             "key": f"{header.key[0]}, {header.key[1]}",
@@ -330,6 +331,14 @@ class Journal(Recorded):
             ) from error
         self._count += 1
         self.whole += row.nbytes
+
+    def cut(self, steps: int) -> None:
+        """Forgets all steps but the first ones, of those that it had when it was opened."""
+        assert steps <= self._count == len(self._rows), "steps that were appended are not forgotten"
+        self.whole -= (self._count - steps) * self._rows.dtype.itemsize
+        os.ftruncate(self._file, self.whole)
+        self._rows, self._count = self._rows[:steps], steps
+        self.sync()
 
     def sync(self) -> None:
         """Returns when all records are on the disk.

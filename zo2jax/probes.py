@@ -85,7 +85,7 @@ class Matrices:
         would be left as a pass of its own.
         """
         noise, x, _ = lax.optimization_barrier((self.noise(index), x, self._last))
-        y = member_product(member, x, self.members(index, noise), dtype)
+        y = member_product(member, x, self.members(index, lax.stop_gradient(noise)), dtype)
         self._last = (lax.slice(y, (0,) * y.ndim, (1,) * y.ndim),)  # all of it would have to stay in memory
         return y
 

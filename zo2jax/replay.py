@@ -68,8 +68,8 @@ def replay(model: Model, journal: str | Path | Recorded, *, step: int | None = N
         step: after so many steps; all if None.
 
     Raises:
-        ValueError: for a journal of another model, a step that it does not have, and, when a block is read, for other
-            weights than those that the run began with.
+        ValueError: for a journal of another model or of a hybrid run, a step that it does not have, and, when a block
+            is read, for other weights than those that the run began with.
 
     >>> import tempfile, jax, jax.numpy as jnp, numpy as np, zo2jax as zo
     >>> start, target = {"w": np.zeros((2, 2), np.float32)}, {"t": np.ones((2, 2), np.float32)}
@@ -89,6 +89,7 @@ def replay(model: Model, journal: str | Path | Recorded, *, step: int | None = N
     if not 0 <= steps <= len(journal):
         raise ValueError(f"{journal.path} has {len(journal)} steps: step {steps} is not among them")
     format = None if model.format is None else model.format.as_json()
+    _check_whole(journal)
     mine = replace(header, model=structure(model), dtype=str(model.dtype), format=format)
     journal.check(mine)
     readers = {block.name: partial(_replayed, model, journal, steps, block.name) for block in model.blocks}
@@ -99,12 +100,23 @@ def pack(run: str | Path, file: str | Path, *, step: int | None = None) -> Path:
     """Writes a run, or its first ``step`` steps, as one small file: its journal, with its present config.
 
     Raises:
-        FileNotFoundError, FileExistsError, ValueError: if there is no such run, something of this name, no such step.
+        FileNotFoundError, FileExistsError, ValueError: if there is no such run, something of this name, no such step;
+            for a hybrid run.
     """
     journal, path = read_journal(run), Path(file).expanduser()
+    _check_whole(journal)
     config = journal.path.parent / "config.json"
     journal.copy(path, step, json.loads(config.read_text()) if config.is_file() else None)
     return path
+
+
+def _check_whole(journal: Recorded) -> None:
+    """Raises if base and journal are not all that weights are made of."""
+    if journal.header.hybrid:
+        raise JournalError(
+            f"{journal.path} is of a hybrid run, {journal.header.hybrid}: no journal has what backpropagation did. The "
+            "weights are in the run's checkpoints, expected zo2jax export RUN"
+        )
 
 
 def _replayed(model: Model, journal: Recorded, steps: int, name: str) -> Params:

@@ -19,6 +19,7 @@ from zo2jax.directions import step_keys
 from zo2jax.directory import Directory
 from zo2jax.estimators import Estimator
 from zo2jax.header import Header
+from zo2jax.hybrid import Hybrid, Learner, only_finite, split
 from zo2jax.journal import Record
 from zo2jax.kept import Kept
 from zo2jax.metrics import Metrics, memory_peaks, number, of_step
@@ -34,6 +35,7 @@ from zo2jax.plan.machine import measure_link
 from zo2jax.restored import opened
 from zo2jax.saver import Saver
 from zo2jax.stream import Members
+from zo2jax.tail import Tail
 from zo2jax.updates import Rounding, Update, stochastic
 
 Loss = Callable[[Any, Batch], jax.Array] | Generated
@@ -108,11 +110,13 @@ class Run:
             killed loses the last step at most.
         replay_within: seconds. Checkpoints are saved in the background so often that a run that was killed is back
             where it was within this time; with infinity, only what `save` is called for. See `zo2jax.saver`.
+        hybrid: what is trained by backpropagation, of `zo2jax.hybrid`; nothing if None. Such a run goes on after its
+            last checkpoint, and its steps since then are done again. It saves between two steps.
 
     Raises:
         ValueError: if the directory holds another run, naming what differs, or one that is damaged; for a format or
             `residual` rounding with directions with which matrices also change; for momentum without low-rank ones;
-            for targets of a direction that name no leaf.
+            for targets of a direction that name no leaf; for what a hybrid run cannot be made of.
         BlockingIOError: if another process trains in the directory.
         PermissionError: if the directory cannot be written.
 
@@ -146,9 +150,17 @@ class Run:
         tensorboard: bool = False,
         sync_every: float = 1.0,
         replay_within: float = 600.0,
+        hybrid: Hybrid | None = None,
     ):
         """Opens the directory; restores the newest checkpoint if there is one."""
         optimizer = as_optimizer(optimizer)
+        self._learner: Learner | None = None
+        if hybrid is not None:
+            if isinstance(loss, Generated):
+                raise ValueError(f"the loss is {loss}, in a hybrid run: a score of texts has no gradient")
+            parts = split(model, estimator, hybrid)
+            model, estimator, plan = parts.model, parts.estimator, parts.resident(plan)
+            self._learner = Learner(parts)
         self._kept = Kept.of(model, estimator, optimizer, rounding)
         self._estimator, self._optimizer = estimator, optimizer
         self._state = begin(owned_shapes(model.blocks), key, estimator, optimizer)._replace(params={})
@@ -156,7 +168,8 @@ class Run:
             folder, name = model.folder, None if loss is None else getattr(loss, "__name__", str(loss))
             config = {"model": None if folder is None else str(folder.resolve()), "loss": name}
         wanted = None if plan is None else plan.probe_batch
-        header = Header.of(model, estimator, optimizer, rounding, self._state.key, wanted)
+        said = "" if hybrid is None else str(hybrid.first_order)
+        header = Header.of(model, estimator, optimizer, rounding, self._state.key, wanted, said)
         self._files = Directory(directory, header, config, may_grow, sync_every=sync_every)
         self.directory = self._files.path
         at_once = self._files.header.members_at_once  # that of a run that is there stays
@@ -179,9 +192,10 @@ class Run:
         with ExitStack() as on_error:
             on_error.callback(self._files.close)
             began = time.monotonic()
-            self._weights, self._state = opened(self._files, trained, self._kept, self._state, plan)
+            self._weights, state = opened(self._files, trained, self._kept, self._whole, plan)
             on_error.callback(self._weights.close)
-            self._stream, saved = self._weights.stream, int(self._state.step)
+            self._stream, saved = self._weights.stream, int(state.step)
+            self._begin(state)
             self._replay()
             behind = time.monotonic() - began if self.steps_done > saved else 0.0
             self._saver = Saver(self._files.snapshots, self._files.journal, self._kept, replay_within, behind)
@@ -224,9 +238,13 @@ class Run:
 
     @property
     def state(self) -> State:
-        """The state of `zo2jax.mezo`, with every update applied; a copy, of the whole model."""
+        """The state of `zo2jax.mezo`, with every update applied; a copy, of the whole model.
+
+        Of a hybrid run the optimizer's state is a pair, with a `zo2jax.hybrid.FirstOrder`.
+        """
         self._weights.settle()
-        return self._state._replace(params=dict(self._stream))
+        whole = self._whole if self._learner is None else jax.tree.map(jnp.copy, self._whole)
+        return whole._replace(params=dict(self._stream))
 
     @property
     def model(self) -> Model:
@@ -258,20 +276,24 @@ class Run:
             OSError: if a checkpoint could not be written in the background; nothing is lost, the step is not done yet.
         """
         self._saver.check()
-        keys = self._keys()
+        if self._learner is not None and self._saver.late:
+            self.save()
+        keys, tail = self._keys(), None if self._learner is None else self._learner.begin()
         self._weights.begin()
         up, down = self._stream.bytes_up, self._stream.bytes_down
         anchor = self._anchor_of(self.steps_done)
-        sums = self._losses(keys, batch, anchor is not None)
+        sums = self._losses(keys, batch, anchor is not None, tail)
         up, down = self._stream.bytes_up - up, self._stream.bytes_down - down
         info, state = self._concluded(keys, sums, anchor)
         if anchor is None and self._estimator.full is not None:
             self._full = self.steps_done, info.projected_gradient
         self._record(self._pending)  # the one before; if that fails, this one was not done
         self._pending = None
-        self._saver.step(self._state, self._weights)
+        if self._learner is None:
+            self._saver.step(self._state, self._weights)
+        leaves = None if self._learner is None else self._learner.conclude(sums[1], info.skipped)
         self._state = state
-        self._weights.take(info.update)
+        self._weights.take(info.update, leaves)
         found = info.loss, info.projected_gradient, info.losses, info.skipped
         self._pending = StepInfo(self.steps_done, *found, self._rate, _tokens(batch), up, down, info.update)
         if self._skipped_in_row >= self._max_skipped:
@@ -312,15 +334,16 @@ class Run:
 
         Args:
             wait: if not, it is written while the next steps are done, each of which hands over one block; it never is
-                the best one, and is given up if the run is closed or saved meanwhile: the journal has everything.
+                the best one, and is given up if the run is closed or saved meanwhile: the journal has everything. A
+                hybrid run waits all the same.
         """
-        if not wait:
+        if not wait and self._learner is None:
             self._saver.begin()
             return
         self.flush()
         loss = self._metrics.evaluated.get(self.steps_done)
         metrics = {} if loss is None or not np.isfinite(loss) else {"eval/loss": loss}
-        self._saver.save(self._state, self._weights, metrics)
+        self._saver.save(self._whole, self._weights, metrics)
 
     def export(self, folder: str | Path, *, adapter: bool = False) -> Path:
         """Writes the present weights as a Hugging Face folder; see `zo2jax.models.hub.export`.
@@ -347,7 +370,7 @@ class Run:
                 stack.callback(part.close)
             self._record(self._pending)
 
-    def _losses(self, keys: jax.Array, batch: Any, twice: bool) -> tuple[jax.Array, jax.Array]:
+    def _losses(self, keys: jax.Array, batch: Any, twice: bool, tail: Tail | None) -> tuple[jax.Array, jax.Array]:
         """(sums of losses, counts) of the members [M]; the weights have every update then.
 
         If ``twice``, they are also those of the weights as the period began.
@@ -368,11 +391,12 @@ class Run:
             sums: list[Any] = [tuple(map(jnp.concatenate, zip(*of_part, strict=True))) for of_part in found]
         else:
             parts = [jax.device_put(part) for part in parts]  # may refuse what is no batch
-            sums = self._weights.train(members, parts, anchored)
+            sums = self._weights.train(members, parts, anchored, tail)
         for part, given in zip(parts, sums, strict=True):
             if not isinstance(given, tuple):
                 raise ValueError(f"a batch of {sorted(part)} has no loss: expected 'ids' and 'targets'")
-        return sums[0] if len(sums) == 1 else _total(sums)
+        total = sums[0] if len(sums) == 1 else _total(sums)
+        return total if tail is None else only_finite(total, tail.gradient)
 
     def _keys(self) -> jax.Array:
         """Of the directions of the next step."""
@@ -400,6 +424,30 @@ class Run:
             info, _ = self._concluded(self._keys(), self._sums_of(first), None, np.uint32(first))
             self._full = first, info.projected_gradient
         return self._full[1]
+
+    @property
+    def _whole(self) -> State:
+        """The state as checkpoints have it: of a hybrid run, both optimizers' and the first-order leaves."""
+        state, learner = self._state, self._learner
+        return state if learner is None else state._replace(opt_state=(state.opt_state, learner.state))
+
+    def _begin(self, state: State) -> None:
+        """Takes the state of a checkpoint, or that of the beginning."""
+        self._state = state
+        if self._learner is None:
+            return
+        opt_state, found = state.opt_state
+        self._state, self._learner.state = state._replace(opt_state=opt_state), found
+        if self._files.snapshots.last is None:
+            self._learner.read(self._stream)
+        journal, saved = self._files.journal, int(state.step)
+        if len(journal) > saved:
+            warnings.warn(
+                f"the hybrid run in {self.directory} goes on after its last checkpoint, of step {saved}: the steps up "
+                f"to {len(journal)} are done again, as its journal lacks what backpropagation did",
+                stacklevel=3,
+            )
+            journal.cut(saved)
 
     def _replay(self) -> None:
         """Takes the steps of the journal that are later than the weights."""

@@ -61,6 +61,11 @@ class Saver:
         """Whether there is something to be done in the background."""
         return self._wanted or (self._background is not None and self._background.is_alive())
 
+    @property
+    def late(self) -> bool:
+        """Whether a checkpoint is due."""
+        return time.monotonic() - self._since >= self._within - self._took
+
     def begin(self) -> None:
         """Has the next step begin a checkpoint in the background, unless one is under way."""
         self._wanted = not self.busy
@@ -83,8 +88,7 @@ class Saver:
             state: before the step.
             weights: which have the updates of all steps before.
         """
-        late = time.monotonic() - self._since >= self._within - self._took
-        if self._background is None and (self._wanted or late):
+        if self._background is None and (self._wanted or self.late):
             self._wanted = False
             self._background = _Background(self._snapshots, self._journal, state, list(weights.stream))
             self._on_drop = weakref.finalize(self, self._background.abandon)  # of a run that nobody closes

@@ -32,6 +32,7 @@ from zo2jax.models.layers import Batch, Cache
 from zo2jax.pages import flat, layouts_of
 from zo2jax.plan import Plan, following, room
 from zo2jax.stores import FOLDS_OF_FILES, Pages, Store, Tiers, result
+from zo2jax.tail import Tail
 from zo2jax.updates import Rounding, Update
 from zo2jax.visits import ReadOnly
 
@@ -186,13 +187,15 @@ class Stream(Mapping[str, Params]):
         probes: Sequence[Members],
         batches: Sequence[Batch],
         anchored: Sequence[Members] = (),
+        tail: Tail | None = None,
     ) -> list[Any]:
         """Applies ``update`` and evaluates the probes of the result: for each batch what the last block returns.
 
         Arrays have the members in front, [M, ...]. ``probes`` are parts of the population, (keys typed [K], matrix
         float32 [M, K]) as in `zo2jax.updates.move`: while a block is on the device, they are taken through it one after
         the other, with one batch after the other; but a batch goes once through the blocks that come before all that
-        is trained. The update is applied even if the model cannot take a batch.
+        is trained. The update is applied even if the model cannot take a batch. Through the blocks of a ``tail``, which
+        live on the device, it goes its own way.
 
         The parts ``anchored`` are probes of the weights as the period began, in visits of the same programs; they come
         last among the members.
@@ -205,7 +208,7 @@ class Stream(Mapping[str, Params]):
         then = [j % len(every) >= len(probes) for j in range(len(parts))]
         try:
             for one in given:
-                self._compile(*one)
+                self._compile(*one, tail)
             before = self._before(batches)
         except BaseException:  # a batch that does not fit the model, say: no block may lack the update
             self.apply(update)
@@ -215,8 +218,13 @@ class Stream(Mapping[str, Params]):
         del before
         if self._sums is not None:
             self._sums.update(update, np.int32(1))
-        for i in range(self._first, len(self.blocks)):
+        end = len(self.blocks) if tail is None else tail.begins(self._number)
+        for i in range(self._first, end):
             self._visit(i, given, then, carries)
+        if tail is not None:
+            held = [self._settled(i, update) for i in range(end, len(self.blocks))]
+            for j, (_, part, batch) in enumerate(given):
+                carries[j] = tail.visit(self._stages[end:], held, part, carries[j], batch, self._how)
         self._torn = False
         count = len(every)
         return [_joined(carries[j : j + count]) for j in range(0, len(carries), count)]
@@ -260,12 +268,21 @@ class Stream(Mapping[str, Params]):
             del changed
         self._put(i, pages if moves else None, done)
 
-    def _compile(self, update: Update | None, probes: Members, batch: Batch) -> None:
+    def _settled(self, i: int, update: Update) -> Any:
+        """What a visit is given of a block that has taken an update first."""
+        if self._stages[i].moves:
+            self._apply(i, update, np.int32(1))
+        return *self._take(i), self._tied(i), self._beside(i), self._ids[i]
+
+    def _compile(self, update: Update | None, probes: Members, batch: Batch, tail: Tail | None) -> None:
         """Compiles the visits of a sweep before it begins: XLA tries kernels out, and that memory is free then."""
         given = update, probes, batch
         if (shapes := visits.shapes_of(given)) not in self._compiled:
             held = [(self._rest[i], self._tied(i), self._beside(i), ids) for i, ids in enumerate(self._ids)]
-            visits.precompile(self._stages, held, given, self._how)
+            end = len(held) if tail is None else tail.begins(self._number)
+            carry = visits.precompile(self._stages[:end], held[:end], given, self._how)
+            if tail is not None:
+                tail.compile(self._stages[end:], held[end:], probes, carry, batch, self._how)
             self._compiled.add(shapes)
 
     def apply(self, update: Update) -> None:
@@ -281,20 +298,31 @@ class Stream(Mapping[str, Params]):
         """
         self._check_whole()
         self._torn = True
-        how, given = self._how, (updates, np.int32(count))
         if self._sums is not None:
-            self._sums.update(*given)
-        for i, (stage, ids) in enumerate(zip(self._stages, self._ids, strict=True)):
-            if not stage.moves:
-                continue
-            if self._sums is not None or not stage.moves_matrices:
-                changed, self._rest[i] = visits.add(stage, self._rest[i], self._beside(i), ids, *given, **how)
-                if self._sums is not None:
-                    self._sums.take(self.blocks[i].name, changed)
-                continue
+            self._sums.update(updates, np.int32(count))
+        for i, stage in enumerate(self._stages):
+            if stage.moves:
+                self._apply(i, updates, np.int32(count))
+        self._torn = False
+
+    def _apply(self, i: int, *given: Any) -> None:
+        """Has a block take updates that what all blocks share has taken already."""
+        stage, ids, how = self._stages[i], self._ids[i], self._how
+        if self._sums is not None or not stage.moves_matrices:
+            changed, self._rest[i] = visits.add(stage, self._rest[i], self._beside(i), ids, *given, **how)
+            if self._sums is not None:
+                self._sums.take(self.blocks[i].name, changed)
+        else:
             pages, self._rest[i] = visits.apply(stage, *self._take(i), ids, *given, **how)
             self._put(i, pages, ())
-        self._torn = False
+
+    def replace(self, leaves: Mapping[str, Params]) -> None:
+        """Puts float32 leaves, by block, in the place of those there, rounded to nearest; of blocks on the device."""
+        self._check_whole()
+        for name, changed in leaves.items():
+            i = self._number[name]
+            pages, self._rest[i] = visits.replace_leaves(self._stages[i], *self._take(i), changed)
+            self._put(i, pages, ())
 
     def fold(self, basis: jax.Array) -> None:
         """Takes what is beside the pages into them, and begins another period with this key (typed, [])."""

@@ -165,6 +165,7 @@ def _open_run(config: Config, model: Model, data: Prepared, plan: Plan) -> Run:
         tensorboard=config.tensorboard,
         sync_every=config.sync_every,
         replay_within=config.replay_within,
+        hybrid=config.make_hybrid(),
     )
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from zo2jax.adapters import export_adapter, export_prefix
 from zo2jax.checkpoint import Snapshots
 from zo2jax.config import Config, load_config
-from zo2jax.journal import Recorded
+from zo2jax.estimators import Estimator
+from zo2jax.hybrid import split
+from zo2jax.journal import JournalError, Recorded
 from zo2jax.kept import Kept
 from zo2jax.models.blocks import Params, Source
 from zo2jax.models.hub import load
@@ -26,6 +28,7 @@ class _Found:
     folder: Path
     config: Config
     model: Model
+    estimator: Estimator
     number: int | None
     journal: Recorded | None
     """None for the weights of the checkpoint itself."""
@@ -42,7 +45,7 @@ class _Found:
     def kept(self) -> Kept:
         """How the run keeps its model."""
         config = self.config
-        return Kept.of(self.model, config.make_estimator(), config.make_optimizer(), config.make_rounding())
+        return Kept.of(self.model, self.estimator, config.make_optimizer(), config.make_rounding())
 
     def read(self, what: Callable[[Restored, str, int], Params], name: str) -> Params:
         """Of a block; the checkpoint's files are open no longer than that takes."""
@@ -87,7 +90,10 @@ def _find(directory: str | Path, best: bool) -> _Found:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{directory} holds no config.json: expected the directory of a run")
     config = load_config(str(folder))
-    model = load_model(config)
+    model, estimator = load_model(config), config.make_estimator()
+    if (hybrid := config.make_hybrid()) is not None:
+        parts = split(model, estimator, hybrid)
+        model, estimator = parts.model, parts.estimator
     snapshots = Snapshots(folder / "checkpoints")
     try:
         number = snapshots.best if best else snapshots.last
@@ -95,7 +101,14 @@ def _find(directory: str | Path, best: bool) -> _Found:
         snapshots.close()
     if best and number is None:
         raise FileNotFoundError(f"{directory} has no checkpoint with a held-out loss yet")
-    return _Found(folder, config, model, number, None if best else read_journal(folder))
+    journal = None if best else read_journal(folder)
+    if journal is not None and journal.header.hybrid and len(journal) != number:
+        raise JournalError(
+            f"{directory} is a hybrid run, {journal.header.hybrid}, and its journal ends at step {len(journal)}, but "
+            f"what backpropagation did is in checkpoints alone, the last of step {number or 0}: go on with the run, "
+            "which begins again there, or take its best checkpoint (--best)"
+        )
+    return _Found(folder, config, model, estimator, number, journal)
 
 
 def trained_model(directory: str | Path, *, best: bool = False) -> tuple[int, Model]:
@@ -105,6 +118,7 @@ def trained_model(directory: str | Path, *, best: bool = False) -> tuple[int, Mo
 
     Raises:
         FileNotFoundError: if the directory holds no run, no journal, or no such checkpoint.
+        ValueError: of a hybrid run whose last steps no checkpoint has.
     """
     return _model_of(_find(directory, best))
 
@@ -129,6 +143,4 @@ def export_trained_adapter(directory: str | Path, folder: str | Path, *, best: b
         return export_prefix(_model_of(found)[1], found.config.make_estimator().direction, folder)
     if found.number is None:
         raise FileNotFoundError(f"{directory} has no checkpoint yet, from which adapters are read")
-    return export_adapter(
-        found.model, found.config.make_estimator().direction, partial(found.read, Restored.beside), folder
-    )
+    return export_adapter(found.model, found.estimator.direction, partial(found.read, Restored.beside), folder)

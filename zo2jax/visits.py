@@ -1,4 +1,7 @@
-"""The programs of a stream, compiled once for each kind of block: train, apply, forward without probes, generate."""
+"""The programs of a stream, compiled once for each kind of block: train, apply, forward without probes, generate.
+
+One is of several blocks: it goes through the last ones and back (`backpropagate`).
+"""
 
 import warnings
 from collections.abc import Sequence
@@ -13,7 +16,7 @@ from zo2jax.directions import Direction, is_trained
 from zo2jax.factored import Beside, Factors
 from zo2jax.models.blocks import Block, Kind, Params, block_of, kinds, set_leaf
 from zo2jax.models.layers import Batch, Cache
-from zo2jax.pages import Layout, Place
+from zo2jax.pages import Layout, Place, flat
 from zo2jax.pending import Pending
 from zo2jax.probes import Matrices
 from zo2jax.updates import Rounding, Update, move, repeated
@@ -191,8 +194,8 @@ def for_members(carry: Any, count: int) -> Any:
     return jax.tree.map(lambda x: repeated(x, count), carry)
 
 
-def precompile(stages: Sequence[Stage], held: Sequence[Any], given: Any, how: dict[str, Any]) -> None:
-    """Compiles a training sweep's visits, each kind once, without visiting.
+def precompile(stages: Sequence[Stage], held: Sequence[Any], given: Any, how: dict[str, Any]) -> Any:
+    """Compiles a training sweep's visits, each kind once, without visiting; gives the shapes of what they end with.
 
     Args:
         stages: of the blocks.
@@ -219,6 +222,77 @@ def precompile(stages: Sequence[Stage], held: Sequence[Any], given: Any, how: di
             out = lowered.out_info[0 if i < first else 1]
             known[came] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), out)
         carry = known[came]
+    return carry
+
+
+@partial(jax.jit, static_argnames=("stages", "direction", "rounding"), donate_argnames="gradient")
+def backpropagate(
+    stages: tuple[Stage, ...], held: Sequence[Any], leaves: Sequence[Params], probes: Any, carry: Any, batch: Batch,
+    gradient: Sequence[Params], direction: Direction, rounding: Rounding,
+) -> tuple[Any, Sequence[Params]]:  # fmt: skip
+    """The last blocks of a training sweep: ((loss sums, counts), float32 [M] both, the gradient).
+
+    The gradient is that of the sum of all members' losses, added to what is given. Members go one after the other, and
+    of a block only what goes into it is kept until the way back, where it is computed again (Chen et al., arXiv
+    1604.06174); but for the last one. So there are never more activations than those of one member in one block.
+
+    Args:
+        stages: of the blocks.
+        held: of each block (pages, rest, tied, beside, ids), with every update.
+        leaves: of each block the float32 leaves that the gradient is of; they stand for those in its pages.
+        probes: keys [K] and matrix [M, K], which all other leaves are perturbed by, as their stages say.
+        carry: [M, ...].
+        batch: as the head is given it.
+        gradient: like ``leaves``.
+        direction: of the probes.
+        rounding: of updates, of which there are none.
+
+    Raises:
+        ValueError: for a batch without targets.
+    """
+    how: dict[str, Any] = {"direction": direction, "rounding": rounding}
+    (keys, matrix), last = probes, len(stages) - 1
+
+    def through(i: int, row: jax.Array, own: Params, carry: Any) -> Any:
+        stage, (*parts, ids) = stages[i], held[i]
+
+        def run(block: Block, found: Params, carry: Any) -> Any:
+            shapes = flat(block.shapes)
+            for name, leaf in flat(own).items():
+                set_leaf(found, name, leaf.astype(shapes[name].dtype))
+            return block.apply(found, carry, batch)
+
+        return _members(stage, (parts[0], parts[1], parts[2], parts[3]), ids, None, (keys, row), run, carry, how)[0]
+
+    def loss(leaves: Sequence[Params], row: jax.Array, carry: Any) -> tuple[jax.Array, jax.Array]:
+        for i, own in enumerate(leaves):
+            visit = partial(through, i, row)
+            carry = (visit if i == last else jax.checkpoint(visit))(own, carry)
+        if not isinstance(carry, tuple):
+            raise ValueError(f"a batch of {sorted(batch)} has no loss: expected 'ids' and 'targets'")
+        return carry[0][0], carry[1][0]
+
+    def member(gradient: Any, given: Any) -> tuple[Any, Any]:
+        sums, found = jax.value_and_grad(loss, has_aux=True)(leaves, *jax.tree.map(lambda x: x[None], given))
+        return jax.tree.map(jnp.add, gradient, found), sums
+
+    gradient, sums = jax.lax.scan(member, gradient, (matrix, carry))
+    return sums, gradient
+
+
+@partial(jax.jit, static_argnames="stage", donate_argnames=("pages", "rest"))
+def replace_leaves(stage: Stage, pages: Any, rest: Any, leaves: Params) -> Any:
+    """A block's (pages, rest) with other values of some leaves, each rounded to nearest."""
+    places, pages, rest = dict(stage.layout.matrices), list(pages), dict(rest)
+    for name, leaf in flat(leaves).items():
+        if name in rest:
+            rest[name] = leaf.astype(rest[name].dtype)
+            continue
+        place = places[name]
+        page = pages[place.page]
+        flattened = leaf.astype(page.dtype).reshape(-1)
+        pages[place.page] = jax.lax.dynamic_update_slice(page, flattened, (place.offset,))
+    return tuple(pages), rest
 
 
 def shapes_of(tree: Any) -> Any:

@@ -12,11 +12,12 @@ import numpy as np
 from zo2jax.directions import period_key
 from zo2jax.journal import Recorded
 from zo2jax.kept import Kept
-from zo2jax.models.blocks import Source, owned_shapes
+from zo2jax.models.blocks import Params, Source, owned_shapes
 from zo2jax.models.layers import Batch
 from zo2jax.models.model import Model
 from zo2jax.plan import Plan
 from zo2jax.stream import Members, Stream
+from zo2jax.tail import Tail
 from zo2jax.updates import Update
 
 AT_A_TIME = 64
@@ -75,6 +76,7 @@ class Weights:
         fresh = jnp.zeros(()) if kept.momentum else None
         self._nothing = Update(jnp.broadcast_to(key, shape), jnp.zeros(kept.directions), jnp.zeros(()), fresh)
         self._lacking = self._nothing
+        self._first_order: Params | None = None
 
     @classmethod
     def of_block(cls, model: Model, name: str, kept: Kept, journal: Recorded, until: int, **options: Any) -> "Weights":
@@ -104,14 +106,20 @@ class Weights:
             assert basis is not None, "only directions with which matrices are only read have periods"
             self.stream.fold(basis)
 
-    def train(self, probes: Sequence[Members], batches: Sequence[Batch], anchored: Sequence[Members] = ()) -> list[Any]:
+    def train(
+        self,
+        probes: Sequence[Members],
+        batches: Sequence[Batch],
+        anchored: Sequence[Members] = (),
+        tail: Tail | None = None,
+    ) -> list[Any]:
         """By batch, what the last block gives for the probes of the weights with every update, see `Stream.train`."""
         update, self._lacking = self._lacking, self._nothing
-        return self.stream.train(update, probes, batches, anchored)
+        return self.stream.train(update, probes, batches, anchored, tail)
 
-    def take(self, update: Update) -> None:
-        """The update of a step, which is applied later."""
-        self._lacking = update
+    def take(self, update: Update, first_order: Params | None = None) -> None:
+        """The update of a step, which is applied later; and, of a hybrid run, its first-order leaves after the step."""
+        self._lacking, self._first_order = update, first_order
         self.done += 1
 
     def settle(self) -> None:
@@ -119,6 +127,9 @@ class Weights:
         update, self._lacking = self._lacking, self._nothing
         if update is not self._nothing:
             self.stream.apply(update)
+        leaves, self._first_order = self._first_order, None
+        if leaves is not None:
+            self.stream.replace(leaves)
 
     def replay(self, journal: Recorded, until: int) -> None:
         """Takes the updates of a journal's steps from ``done`` on; each block takes many of them in one visit."""

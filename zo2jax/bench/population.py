@@ -120,6 +120,7 @@ def measure_population(setting: Population) -> dict[str, Any]:
     (True, True, True)
     """
     model = random_model(setting.model, setting.layers)
+    model = model.replace(dict(model.source))  # made once, not for each run
     batch = Work(tokens=setting.tokens, rows=setting.rows).batch(model.config.vocabulary)
     found: dict[str, Any] = machine() | {"setting": asdict(setting), "parameters": model.parameter_count}
     found |= _products(model, setting)

@@ -371,6 +371,7 @@ def vocabulary_losses(
         part = None if bias is None else lax.dynamic_slice_in_dim(bias, start, count)
         return linear(x, cut(start, count), part, dtype=jnp.float32)
 
+    @partial(jax.checkpoint, static_argnums=2)  # a derivative makes the logits anew, slab by slab
     def further(state: State, start: Any, count: int) -> State:
         highest, total, picked = state
         logits = logits_of(start, count)
