@@ -219,7 +219,7 @@ def _forward(kind: Kind, scale: float, adapters: Params, leaves: Params, carry: 
     return out[0] / out[1] if isinstance(out, tuple) else out
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=6)
+@partial(jax.jit, static_argnums=(0, 1))
 def _pulled_back(
     kind: Kind, scale: float, adapters: Params, leaves: Params, carry: Any, batch: Any, given: Any
 ) -> tuple[Any, Any]:
