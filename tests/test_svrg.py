@@ -13,7 +13,6 @@ import zo2jax as zo
 from zo2jax.directions import draw, leaf_id, step_keys
 from zo2jax.header import Header
 from zo2jax.replay import read_journal
-from zo2jax.run import _parts
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 SLOW = pytest.mark.slow
@@ -257,7 +256,7 @@ def test_after_a_skipped_first_step_the_period_has_no_anchor(tmp_path):
 def test_parts_are_those_of_the_estimator_at_most(straight, tmp_path):
     found = read_journal(straight[2])
     for size, expected in ((1, 1), (3, 3), (4, 4), (5, 4), (8, 4)):
-        parts = _parts(svrg(2, 4), size)
+        parts = svrg(2, 4).parts(size)
         assert {max(len(rows) for _, rows in some) for some in parts.values()} == {expected}
         assert [sum(len(rows) for _, rows in some) for some in parts.values()] == [8, 4]
     with opened(tmp_path, plan=zo.Plan(probe_batch=1)) as run:

@@ -126,6 +126,23 @@ class Estimator:
         order = [np.sort(np.argsort(~(part != 0).any(axis=0), kind="stable")[:width]) for part in parts]
         return [(k.astype(np.int32), part[:, k]) for k, part in zip(order, parts, strict=True)]
 
+    def parts(self, size: int) -> dict[bool, list[tuple[np.ndarray, np.ndarray]]]:
+        """The `chunks` of a step; under True those of steps that take each once more, of an anchor.
+
+        Of `svrg` they have at most as many members as the estimator in it; its other steps, which periods begin with,
+        look along the last directions.
+
+        >>> from zo2jax.directions import lowrank
+        >>> parts = svrg(two_point(0.5, direction=lowrank(2)), 2).parts(8)
+        >>> [k.tolist() for k, _ in parts[False]], [k.tolist() for k, _ in parts[True]]
+        ([[1], [2]], [[0]])
+        """
+        if self.full is None:
+            return {False: self.chunks(size)}
+        members, own = self.probes.shape
+        size = min(size, members)
+        return {False: [(k + np.int32(own), rows) for k, rows in self.full.chunks(size)], True: self.chunks(size)}
+
 
 def two_point(eps: float | Schedule, *, direction: Direction = normal) -> Estimator:
     """SPSA: g = (loss(theta + eps z) - loss(theta - eps z)) / (2 eps). Unbiased up to O(eps^2).

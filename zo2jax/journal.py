@@ -7,9 +7,10 @@ record of ``13 + 4 M + 4 K`` bytes for each step, little-endian, for M members a
 
     flags uint8 | losses float32 [M] | coefs float32 [K] | decay float32 | crc uint32
 
-The CRC-32 of a record is also that of the header and of the number of the step, so that no record can stand in another
-place or in another journal. What follows from these is not written: g and the loss from the losses, the state of the
-optimizer from the same, folds and the place in the data from the number of the step.
+Where a step has fewer losses (`zo2jax.svrg`), zeros follow. The CRC-32 of a record is also that of the header and of
+the number of the step, so that no record can stand in another place or in another journal. What follows from these is
+not written: g and the loss from the losses, the state of the optimizer from the same, folds and the place in the data
+from the number of the step.
 """
 
 import dataclasses

@@ -60,7 +60,8 @@ class StepInfo:
     step: int
     """Steps done, this one included."""
     loss: jax.Array
-    """float32 []: the mean of the probes' losses, nats per token for language models."""
+    """float32 []: the mean of the probes' losses, nats per token for language models; of `zo2jax.svrg` of the present
+    weights' probes."""
     projected_gradient: jax.Array
     """float32 [K]."""
     losses: jax.Array
@@ -173,7 +174,7 @@ class Run:
         self._files = Directory(directory, header, config, may_grow, sync_every=sync_every)
         self.directory = self._files.path
         at_once = self._files.header.members_at_once  # that of a run that is there stays
-        self._chunks = _parts(estimator, at_once)
+        self._chunks = jax.tree.map(jnp.asarray, estimator.parts(at_once))
         self._full: tuple[int, jax.Array] | None = None  # the first step of a period, and the coefficients that it gave
         if plan is not None and plan.budget is not None and at_once > header.members_at_once:
             warnings.warn(
@@ -492,16 +493,6 @@ class Run:
 
 
 _step_keys = jax.jit(step_keys, static_argnums=(2, 3, 4))
-
-
-def _parts(estimator: Estimator, at_once: int) -> dict[bool, Any]:
-    """The population in parts, see `Estimator.chunks`; True: of steps that take them once more, of their anchor."""
-    found = {False: estimator.chunks(at_once)}
-    if estimator.full is not None:
-        at_once, own = min(at_once, len(estimator.probes)), estimator.probes.shape[1]
-        first = [(k + own, rows) for k, rows in estimator.full.chunks(at_once)]
-        found = {False: first, True: estimator.chunks(at_once)}
-    return jax.tree.map(jnp.asarray, found)
 
 
 @partial(jax.jit, static_argnums=0)

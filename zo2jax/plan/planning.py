@@ -234,7 +234,7 @@ def plan(
 
     Args:
         model: its blocks are looked at.
-        estimator: how many members there are; `zo2jax.two_point` if None.
+        estimator: how many members there are, of `zo2jax.svrg` in its largest step; `zo2jax.two_point` if None.
         tokens: of a row.
         rows: of a batch.
         batch: a batch, or the shapes of one, in place of rows of tokens with a target for each.
