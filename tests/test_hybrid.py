@@ -380,12 +380,12 @@ def test_it_saves_so_often_that_little_is_done_again(tmp_path):
 
 @SLOW
 def test_killed_while_it_saves(tmp_path):
-    """In the second checkpoint: over folds and codes, the bits of a run that nothing happened to."""
+    """In a later checkpoint than the first: over folds and codes, the bits of a run that nothing happened to."""
     until = 2 * SAVE_EVERY + 3
     with opened("hybrid", tmp_path / "whole") as run:
         whole = go(run, until)
     script = Path(__file__).parent / "killing.py"
-    where = ["snapshot", str(2 * 2 * 4 + 4)]  # the blocks and what is beside them, and the state, of a checkpoint
+    where = ["snapshot", "20"]  # a checkpoint has the state, four blocks, and what is beside each
     command = [sys.executable, str(script), "hybrid", str(tmp_path / "run"), *where]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
