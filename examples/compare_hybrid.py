@@ -72,7 +72,8 @@ def compare(
             run = stack.enter_context(zo.Run(model, zo.two_point(EPS), zo.sgd(rate), **options))
             curves[name] = Curve(run, TextBatches(text.train, batch, 10**6, 0))
             curves[name].look(held_out)
-            run.step(curves[name].batches[0])  # which compiles, and is in nobody's time
+            run.step(curves[name].batches[0])  # what is compiled is in nobody's time
+            run.flush()
         for point in range(1, points + 1):
             for curve in curves.values():
                 curve.train(seconds * point / points)

@@ -122,7 +122,7 @@ def names_of(tree):
 MIXED, OF_LAYER = ("second.scale", "third.*"), ("layers.0.mlp.norm.*", "layers.0.mlp.down.*")
 CASES = [
     ("small", zo.last_blocks(2), zo.normal, {"parts": 2, "probe_batch": 1}),
-    ("small", MIXED, zo.normal, {"parts": 2}),
+    ("small", MIXED, zo.normal, {}),
     ("small", MIXED, zo.lowrank(2, refresh=2), {}),
     ("tied", zo.last_blocks(3), zo.normal, {}),
     pytest.param("tied", zo.last_blocks(2), zo.lowrank(2), {"candidates": True}, marks=SLOW),
@@ -298,17 +298,17 @@ def test_members_go_through_the_tail_one_after_the_other(monkeypatch, tmp_path):
 
 def test_codes(tmp_path):
     """First-order matrices are floats in a model with a format; what is shared with the tail may be codes."""
-    model = made("tied", "bfloat16").with_format(zo.int8())
-    estimator, data = zo.two_point(1e-3, direction=zo.lowrank(2)), batches(1)
-    options = {"key": jax.random.key(5), "hybrid": hybrid(zo.last_blocks(2))}
+    model = small("bfloat16").with_format(zo.int8())
+    estimator, data = zo.two_point(1e-3, direction=zo.lowrank(2)), numbers(1)
+    options = {"key": jax.random.key(5), "hybrid": hybrid(("middle.*", "third.*"))}
     with zo.Run(model, estimator, zo.sgd(1e-3), directory=tmp_path / "a", **options) as run:
         losses = [float(run.step(data[0]).loss) for _ in range(6)]
         layouts = run._stream.layouts
-    coded = {block: {place.scale is not None for _, place in layout.matrices} for block, layout in layouts.items()}
-    assert coded == {"embed": {True}, "layers.0.attn": {True}, "layers.0.mlp": {False}, "head": set()}
-    assert losses[-1] < losses[0] - 0.1
+    coded = {block: [place.scale is not None for _, place in layout.matrices] for block, layout in layouts.items()}
+    assert coded == {"first": [True], "middle": [False], "second": [False], "third": []}
+    assert losses[-1] < 0.9 * losses[0]
     fast = model.with_format(zo.int8(compute="int8"))
-    with pytest.raises(ValueError, match=r"the format is int8.*embed.weight is used in the tail.* have no derivative"):
+    with pytest.raises(ValueError, match=r"the format is int8.*first.w is used in the tail.* have no derivative"):
         zo.Run(fast, estimator, zo.sgd(1e-3), directory=tmp_path / "b", **options)
 
 
@@ -380,12 +380,12 @@ def test_it_saves_so_often_that_little_is_done_again(tmp_path):
 
 @SLOW
 def test_killed_while_it_saves(tmp_path):
-    """In the second checkpoint: over folds and codes, the bits of a run that nothing happened to."""
+    """In a later checkpoint than the first: over folds and codes, the bits of a run that nothing happened to."""
     until = 2 * SAVE_EVERY + 3
     with opened("hybrid", tmp_path / "whole") as run:
         whole = go(run, until)
     script = Path(__file__).parent / "killing.py"
-    where = ["snapshot", str(2 * 2 * 4 + 4)]  # the blocks and what is beside them, and the state, of a checkpoint
+    where = ["snapshot", "20"]  # a checkpoint has the state, four blocks, and what is beside each
     command = [sys.executable, str(script), "hybrid", str(tmp_path / "run"), *where]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
