@@ -39,7 +39,7 @@ def with_prefix(model: Model, tokens: int | Sequence[int] = 5, *, key: jax.Array
     section 4.2, without its reparametrization). The leaves are ``layers.*.attn.prefix.k`` and ``.v``, float32
     [n * kv_heads * head_size], which `zo2jax.Run` trains alone with ``direction=zo.dense(targets=("*.prefix.*",))``,
     whatever the format of the matrices. They begin with the keys and values that the model has for n real tokens at
-    positions 0 to n - 1 (MeZO, arXiv 2305.17333, appendix E.5: this matters); rows begin at position n, as PEFT has it,
+    positions 0 to n - 1 (MeZO, arXiv 2305.17333, appendix E: this matters); rows begin at position n, as PEFT has it,
     so that there is room for n tokens less. So an untrained prefix changes as much as these tokens before each row.
 
     The tokens are read when the prefix is first asked for, one block at a time, whatever the size of the model; by its
