@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import zo2jax as zo
-from zo2jax.directions import leaf_id
+from zo2jax.leaves import leaf_id
 from zo2jax.models.blocks import kinds, owned_shapes
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import zo2jax as zo
-from zo2jax.config import Config, ConfigError, find_config, load_config, with_overrides
+from zo2jax.config import Config, ConfigError
+from zo2jax.config_files import find_config, load_config, with_overrides
 from zo2jax.models.llama import LlamaConfig
 
 

@@ -8,19 +8,8 @@ from flax import nnx
 from scipy import stats
 
 from pallas_kernels import bits
-from zo2jax.directions import (
-    check_key,
-    draw,
-    expand,
-    factors,
-    leaf_id,
-    leaf_ids,
-    leaf_name,
-    lowrank,
-    normal,
-    rademacher,
-    step_keys,
-)
+from zo2jax.directions import check_key, draw, expand, factors, lowrank, normal, rademacher, step_keys
+from zo2jax.leaves import leaf_id, leaf_ids, leaf_name
 
 KEY = jax.random.key(91)
 
@@ -102,7 +91,7 @@ def test_names_of_nnx_leaves_are_those_of_plain_dictionaries():
 
 
 def test_colliding_leaf_ids_are_refused(monkeypatch):
-    monkeypatch.setattr("zo2jax.directions.leaf_id", lambda name: 7)
+    monkeypatch.setattr("zo2jax.leaves.leaf_id", lambda name: 7)
     with pytest.raises(ValueError, match=r"'a' and 'b' have the same id 0x00000007"):
         leaf_ids({"a": np.zeros(2, np.float32), "b": np.zeros(2, np.float32)})
 

@@ -14,8 +14,9 @@ import zo2jax as zo
 from pallas_kernels.bits import cut12
 from pallas_kernels.quantized import decode, quantize
 from zo2jax import pages
-from zo2jax.directions import draw, leaf_id, lowrank
+from zo2jax.directions import draw, lowrank
 from zo2jax.factored import Factored
+from zo2jax.leaves import leaf_id
 from zo2jax.models.blocks import set_leaf
 from zo2jax.models.layers import linear, lookup, vocabulary_losses
 from zo2jax.models.opt import OptConfig

@@ -17,10 +17,11 @@ from killing import MODEL, SAVE_EVERY, go, kept, opened
 
 import zo2jax as zo
 from zo2jax import cli
-from zo2jax.config import ConfigError, load_config
-from zo2jax.directions import leaf_ids
+from zo2jax.config import ConfigError
+from zo2jax.config_files import load_config
 from zo2jax.header import Header
 from zo2jax.hybrid import split
+from zo2jax.leaves import leaf_ids
 from zo2jax.metrics import read_metrics
 from zo2jax.models.blocks import get_leaf, set_leaf, with_tied
 from zo2jax.models.hub import load

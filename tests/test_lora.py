@@ -13,7 +13,8 @@ from test_stream import FAMILIES, PLANS, batches
 import zo2jax as zo
 from pallas_kernels.bits import draw, fold, normal_pair
 from zo2jax.directions import draw as draw_z
-from zo2jax.directions import leaf_id, lora, step_keys
+from zo2jax.directions import lora, step_keys
+from zo2jax.leaves import leaf_id
 from zo2jax.models.blocks import set_leaf
 from zo2jax.pages import flat
 from zo2jax.updates import perturb

@@ -7,7 +7,8 @@ import optax
 import pytest
 
 import zo2jax as zo
-from zo2jax.directions import draw, leaf_ids, step_keys
+from zo2jax.directions import draw, step_keys
+from zo2jax.leaves import leaf_ids
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -11,8 +11,9 @@ from test_factored import same
 
 import zo2jax as zo
 from pallas_kernels.bits import cut12
-from zo2jax.directions import draw, leaf_id, lowrank
+from zo2jax.directions import draw, lowrank
 from zo2jax.factored import Basis, basis_of, projected
+from zo2jax.leaves import leaf_id
 from zo2jax.pages import flat
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -17,6 +17,7 @@ PUBLIC = sorted(
 
 # Each module may import from those before it.
 LAYERS = [
+    {"leaves"},
     {"directions", "formats"},
     {"updates", "estimators", "optimizers"},
     {"mezo"},
@@ -30,7 +31,7 @@ LAYERS = [
     {"stream", "objectives", "adapters"},
     {"hybrid"},
     {"checkpoint", "kept", "weights", "directory", "restored", "saver", "run", "replay"},
-    {"tasks", "config"},
+    {"tasks", "config", "config_files"},
     {"train", "trained", "quantize"},
     {"demo", "bench"},
     {"cli"},

@@ -11,7 +11,7 @@ from test_factored import decoded, explicit, same
 from test_stream import FAMILIES, PLANS, batches
 
 import zo2jax as zo
-from zo2jax.directions import leaf_id
+from zo2jax.leaves import leaf_id
 from zo2jax.models.blocks import set_leaf
 from zo2jax.pages import flat, layouts_of
 from zo2jax.pending import Pending, after

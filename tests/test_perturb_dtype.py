@@ -12,7 +12,8 @@ import zo2jax as zo
 from pallas_kernels import bits
 from pallas_kernels.perturb import Probes, perturb
 from zo2jax.config import Config, ConfigError
-from zo2jax.directions import draw, from_json, leaf_ids
+from zo2jax.directions import draw, from_json
+from zo2jax.leaves import leaf_ids
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 SLOW = pytest.mark.slow

@@ -13,7 +13,7 @@ from jax import lax
 from killing import MODEL
 
 import zo2jax as zo
-from zo2jax.directions import leaf_ids
+from zo2jax.leaves import leaf_ids
 from zo2jax.metrics import read_metrics
 from zo2jax.replay import read_journal
 

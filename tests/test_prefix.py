@@ -17,8 +17,10 @@ from test_targets import arrays, assert_same, changed
 import zo2jax as zo
 from zo2jax import cli
 from zo2jax.adapters import export_prefix
-from zo2jax.config import Config, ConfigError, load_config, with_overrides
-from zo2jax.directions import leaf_ids, step_keys
+from zo2jax.config import Config, ConfigError
+from zo2jax.config_files import load_config, with_overrides
+from zo2jax.directions import step_keys
+from zo2jax.leaves import leaf_ids
 from zo2jax.models import layers
 from zo2jax.models.blocks import Source
 from zo2jax.models.generation import sampling

@@ -10,8 +10,9 @@ import pytest
 from test_population import STAGES, arrays, assert_same, batches, moments, small
 
 import zo2jax as zo
-from zo2jax.directions import draw, leaf_id, step_keys
+from zo2jax.directions import draw, step_keys
 from zo2jax.header import Header
+from zo2jax.leaves import leaf_id
 from zo2jax.replay import read_journal
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -9,7 +9,8 @@ from test_stream import FAMILIES, PLANS, batches
 
 import zo2jax as zo
 from zo2jax import visits
-from zo2jax.directions import from_json, leaf_ids
+from zo2jax.directions import from_json
+from zo2jax.leaves import leaf_ids
 from zo2jax.pages import flat
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

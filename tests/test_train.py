@@ -16,7 +16,7 @@ import pytest
 import zo2jax as zo
 from zo2jax import cli, demo, train
 from zo2jax.checkpoint import Snapshots
-from zo2jax.config import load_config
+from zo2jax.config_files import load_config
 from zo2jax.metrics import read_metrics
 from zo2jax.models.hub import export
 from zo2jax.run import Run

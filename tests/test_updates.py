@@ -9,7 +9,8 @@ import pytest
 import zo2jax as zo
 from pallas_kernels.bits import cut12
 from zo2jax import updates
-from zo2jax.directions import draw, leaf_ids
+from zo2jax.directions import draw
+from zo2jax.leaves import leaf_ids
 from zo2jax.updates import perturb
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import bits
-from zo2jax.directions import Direction, leaf_id, matrix_shape
+from zo2jax.directions import Direction, matrix_shape
 from zo2jax.factored import Basis, Beside, Sum, after, basis_of, projected
 from zo2jax.folding import Addend
+from zo2jax.leaves import leaf_id
 from zo2jax.masters import Masters
 from zo2jax.models.blocks import Params, set_leaf
 from zo2jax.pages import Layout, Place, flat

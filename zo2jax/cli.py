@@ -10,7 +10,7 @@ import jax
 
 from zo2jax import __version__, demo, formats, train
 from zo2jax.bench import commands as bench
-from zo2jax.config import load_config
+from zo2jax.config_files import load_config
 from zo2jax.models.generation import Choose, greedy, sampling
 from zo2jax.models.hub import export, load
 from zo2jax.models.tokenizers import ChatTemplate

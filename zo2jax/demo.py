@@ -7,7 +7,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.panel import Panel
 
-from zo2jax.config import Config, find_config, packaged_configs, with_overrides
+from zo2jax.config import Config
+from zo2jax.config_files import find_config, packaged_configs, with_overrides
 from zo2jax.metrics import write_atomically
 from zo2jax.models.hub import load
 from zo2jax.tasks.stdlib import source_code

@@ -5,7 +5,6 @@ The chain of addresses is ``direction key = fold_in(fold_in(key, step), k)`` and
 the leaf key (see `pallas_kernels.bits`). A leaf of shape [..., n] is a matrix of prod(...) rows and n columns.
 """
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,8 +18,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import bits
-
-PyTree = Any
+from zo2jax.leaves import PyTree, is_trained, leaf_name, plain_name
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Direction:
         """
         if self.adapter is not None and ndim < 2:
             return False
-        return not self.targets or any(fnmatchcase(_plain(name), pattern) for pattern in self.targets)
+        return not self.targets or any(fnmatchcase(plain_name(name), pattern) for pattern in self.targets)
 
     def probe_dtype(self, dtype: Any) -> Any:
         """That of probes of a matrix of this dtype.
@@ -138,8 +136,10 @@ def dense(
         raise ValueError(f"perturb_dtype is {perturb_dtype!r}, expected one of {', '.join(_PERTURB_DTYPES)}, or None")
     if refresh is None:
         given = {"targets": targets, "perturb_dtype": perturb_dtype}
+        if not any(given.values()):
+            return known[name]
         shown = "".join(f", {key}={value!r}" for key, value in given.items() if value)
-        called = f"dense({name!r}{shown})" if shown else name
+        called = f"dense({name!r}{shown})"
         return replace(known[name], name=called, targets=targets, perturb_dtype=perturb_dtype)
     if targets or perturb_dtype:
         what = f"targets {targets}" if targets else f"perturb_dtype {perturb_dtype!r}"
@@ -276,15 +276,6 @@ def check_key(key: jax.Array) -> jax.Array:
     )
 
 
-def is_trained(leaf: Any) -> bool:
-    """Whether a leaf takes part in training: floating-point arrays do; integers and keys pass through.
-
-    >>> is_trained(np.zeros(3, np.float32)), is_trained(np.zeros(3, np.int32))
-    (True, False)
-    """
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
 def trained_leaves(params: PyTree, direction: Direction) -> list[bool]:
     """Of each leaf, in pytree order, whether a direction moves it.
 
@@ -315,66 +306,6 @@ def check_targets(params: PyTree, direction: Direction) -> None:
     ]
     if unknown := [target for target in direction.targets if not any(fnmatchcase(name, target) for name in names)]:
         raise ValueError(f"targets {unknown} name no leaf that {direction} trains, such as {', '.join(names[:9])}")
-
-
-def leaf_name(path: tuple[Any, ...]) -> str:
-    """The dotted name of a leaf from its pytree path; the ``.value`` of a Flax variable is not part of it.
-
-    >>> jax.tree_util.tree_map_with_path(lambda p, _: leaf_name(p), {"layers": [{"q": 0}]})
-    {'layers': [{'q': 'layers.0.q'}]}
-    """
-    return _plain(jax.tree_util.keystr(path, simple=True, separator="."))
-
-
-def _plain(name: str) -> str:
-    """A name without the ``.value`` of a Flax variable."""
-    owner, _, last = name.rpartition(".")
-    return owner if owner and last in ("value", "raw_value") else name
-
-
-def leaf_id(name: str) -> int:
-    """The uint32 address of a leaf: the first four bytes (big-endian) of SHA-256 of its name in UTF-8.
-
-    The ``.value`` of a Flax variable is no part of the name.
-
-    >>> hex(leaf_id("layers.3.attn.q.weight"))
-    '0xd9e43a50'
-    """
-    return int.from_bytes(hashlib.sha256(_plain(name).encode()).digest()[:4], "big")
-
-
-def leaf_ids(params: PyTree) -> np.ndarray:
-    """The ids of all leaves of ``params``, in pytree order: uint32[number of leaves].
-
-    Raises:
-        TypeError: for a trained leaf that is not float32, bfloat16 or float16.
-        ValueError: if there is no trained leaf, or two leaves would share noise.
-
-    >>> leaf_ids({"a": np.zeros(2, np.float32), "b": np.zeros(3, np.float32)}).dtype
-    dtype('uint32')
-    """
-    seen: dict[int, str] = {}
-    ids = []
-    trained = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = leaf_name(path)
-        ids.append(leaf_id(name))
-        if jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.complexfloating) or isinstance(leaf, float):
-            raise TypeError(f"leaf {name!r} is {getattr(leaf, 'dtype', 'a Python float')}, expected a real array")
-        if not is_trained(leaf):
-            continue
-        trained += 1
-        if leaf.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-            raise TypeError(f"leaf {name!r} is {leaf.dtype}, expected float32, bfloat16 or float16: cast it first")
-        if ids[-1] in seen:
-            raise ValueError(
-                f"leaves {seen[ids[-1]]!r} and {name!r} have the same id {ids[-1]:#010x} and would share one z: "
-                "rename one of them"
-            )
-        seen[ids[-1]] = name
-    if not trained:
-        raise ValueError("params has no floating-point leaf: there is nothing to train")
-    return np.array(ids, np.uint32)
 
 
 def step_keys(key: jax.Array, step: jax.Array, count: int, direction: Direction = normal, anchor: int = 0) -> jax.Array:

@@ -28,7 +28,8 @@ from pallas_kernels.lowrank import add_lowrank
 from pallas_kernels.perturb import Probes, Shard, Terms, perturb
 from pallas_kernels.quantized import Codes
 from pallas_kernels.reference import decayed
-from zo2jax.directions import Direction, expand, factors, leaf_id, matrix_shape, u_pair
+from zo2jax.directions import Direction, expand, factors, matrix_shape, u_pair
+from zo2jax.leaves import leaf_id
 from zo2jax.models.blocks import Params, set_leaf
 from zo2jax.models.quantized import cut, dense, rows_of, times
 from zo2jax.pages import Layout, Place, codes_in, encoded, flat

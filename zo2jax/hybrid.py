@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from zo2jax.directions import Direction, is_trained, leaf_name
+from zo2jax.directions import Direction
 from zo2jax.estimators import Estimator
+from zo2jax.leaves import is_trained, leaf_name
 from zo2jax.models.blocks import Block, Params, owned_shapes, set_leaf
 from zo2jax.models.model import Model
 from zo2jax.pages import flat

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.bits import cut12
-from zo2jax.directions import PyTree, check_key, check_of_weights, check_targets, leaf_ids, step_keys
+from zo2jax.directions import check_key, check_of_weights, check_targets, step_keys
 from zo2jax.estimators import Estimator
+from zo2jax.leaves import PyTree, leaf_ids
 from zo2jax.optimizers import Optimizer, as_optimizer
 from zo2jax.updates import Rounding, Update, apply_update, perturb, residual, stochastic
 

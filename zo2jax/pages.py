@@ -18,8 +18,8 @@ from jax import lax
 
 from pallas_kernels.perturb import ALIGNMENT
 from pallas_kernels.quantized import Codes
-from zo2jax.directions import is_trained
 from zo2jax.formats import Format, encode
+from zo2jax.leaves import is_trained
 from zo2jax.models.blocks import Block, Params, owned_shapes, set_leaf
 from zo2jax.models.quantized import Quantized
 from zo2jax.models.tensors import Extent

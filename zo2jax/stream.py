@@ -22,9 +22,10 @@ import numpy as np
 
 from zo2jax import visits
 from zo2jax.accumulated import Accumulated
-from zo2jax.directions import Direction, leaf_ids
+from zo2jax.directions import Direction
 from zo2jax.factored import merge
 from zo2jax.formats import Format
+from zo2jax.leaves import leaf_ids
 from zo2jax.link import Copy, StoreError
 from zo2jax.listed import Listed
 from zo2jax.models.blocks import Block, Params, Source, Visit, block_of, owned_shapes, set_leaf

@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from zo2jax.config import Config, ConfigError, load_config
+from zo2jax.config import Config, ConfigError
+from zo2jax.config_files import load_config
 from zo2jax.metrics import read_metrics, write_atomically
 from zo2jax.models.blocks import forward
 from zo2jax.models.hub import load

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from zo2jax.adapters import export_adapter, export_prefix
 from zo2jax.checkpoint import Snapshots
-from zo2jax.config import Config, load_config
+from zo2jax.config import Config
+from zo2jax.config_files import load_config
 from zo2jax.estimators import Estimator
 from zo2jax.hybrid import split
 from zo2jax.journal import JournalError, Recorded

@@ -21,16 +21,8 @@ from pallas_kernels.implementations import choose
 from pallas_kernels.perturb import Probes, Terms
 from pallas_kernels.perturb import perturb as perturb_leaf
 from pallas_kernels.reference import decayed
-from zo2jax.directions import (
-    Direction,
-    PyTree,
-    check_of_weights,
-    expand,
-    factors,
-    matrix_shape,
-    normal,
-    trained_leaves,
-)
+from zo2jax.directions import Direction, check_of_weights, expand, factors, matrix_shape, normal, trained_leaves
+from zo2jax.leaves import PyTree
 
 _SMALL_LEAF = 1 << 20
 """Elements up to which equal leaves are moved together; see `_together`."""
@@ -300,7 +292,8 @@ def move(
     Leaves in host memory (memory kind "pinned_host") come to the device for their turn and go back; at most two are
     under way at a time. Members are in device memory.
 
-    >>> from zo2jax.directions import leaf_ids, rademacher
+    >>> from zo2jax.directions import rademacher
+    >>> from zo2jax.leaves import leaf_ids
     >>> params = {"w": jnp.zeros((1, 2))}
     >>> _, members = move(params, leaf_ids(params), None, jax.random.split(jax.random.key(0), 1),
     ...                   jnp.array([[1.0], [-1.0]]), direction=rademacher)
@@ -396,13 +389,13 @@ def apply_update(
     """Moves the weights: theta <- theta - decay * theta + sum_k coefs[k] * z(keys[k]).
 
     Computed in float32 (small terms are summed first) and rounded once, to each leaf's dtype. ``leaf_ids`` are
-    those of `zo2jax.directions.leaf_ids`. Integer leaves and keys are returned as they are, and leaves in host memory
+    those of `zo2jax.leaves.leaf_ids`. Integer leaves and keys are returned as they are, and leaves in host memory
     to host memory.
 
     Raises:
         ValueError: for an update of an optimizer with momentum, which is not in it; for `zo2jax.lora`.
 
-    >>> from zo2jax.directions import leaf_ids
+    >>> from zo2jax.leaves import leaf_ids
     >>> params = {"w": jnp.ones((2, 2))}
     >>> update = Update(jax.random.split(jax.random.key(0), 1), jnp.zeros(1), jnp.float32(0.25))
     >>> apply_update(params, update, leaf_ids(params))["w"].tolist()
@@ -422,7 +415,8 @@ def perturb(
 
     Matrices are of the direction's ``perturb_dtype``, if it has one.
 
-    >>> from zo2jax.directions import leaf_ids, rademacher
+    >>> from zo2jax.directions import rademacher
+    >>> from zo2jax.leaves import leaf_ids
     >>> params = {"w": jnp.zeros((1, 2))}
     >>> probe = perturb(params, jax.random.split(jax.random.key(0), 1), jnp.ones(1), leaf_ids(params),
     ...                 direction=rademacher)

@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from zo2jax.directions import Direction, is_trained
+from zo2jax.directions import Direction
 from zo2jax.factored import Beside, Factors
+from zo2jax.leaves import is_trained
 from zo2jax.models.blocks import Block, Kind, Params, block_of, kinds, set_leaf
 from zo2jax.models.layers import Batch, Cache
 from zo2jax.pages import Layout, Place, flat

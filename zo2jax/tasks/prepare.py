@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from zo2jax.config import Config, ConfigError, run_file
+from zo2jax.config import Config, ConfigError
+from zo2jax.config_files import run_file
 from zo2jax.models.model import Model
 from zo2jax.models.tokenizers import ChatTemplate
 from zo2jax.objectives import Generated, error_rate
