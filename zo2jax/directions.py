@@ -141,11 +141,15 @@ def dense(
         shown = "".join(f", {key}={value!r}" for key, value in given.items() if value)
         called = f"dense({name!r}{shown})"
         return replace(known[name], name=called, targets=targets, perturb_dtype=perturb_dtype)
-    if targets or perturb_dtype:
-        what = f"targets {targets}" if targets else f"perturb_dtype {perturb_dtype!r}"
+    if targets:
         raise ValueError(
-            f"refresh is {refresh}, with {what}: dense directions have it without a refresh, expected "
-            + ("zo2jax.lowrank (direction=lowrank) for both" if targets else "one of the two")
+            f"refresh is {refresh}, with targets {targets}: dense directions have targets without a refresh, expected "
+            "zo2jax.lowrank (direction=lowrank) for both"
+        )
+    if perturb_dtype:
+        raise ValueError(
+            f"refresh is {refresh}, with perturb_dtype {perturb_dtype!r}: with a refresh no probe of a matrix is made, "
+            "expected one of the two"
         )
     if refresh < 1:
         raise ValueError(f"refresh is {refresh}, expected at least 1 step (4 to 16 are usual)")
