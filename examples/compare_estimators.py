@@ -1,11 +1,8 @@
-"""What an estimator makes of its forward passes, and of its steps: held-out losses over several seeds.
+"""What an estimator makes of its forward passes: held-out loss after equally many of them, over several seeds.
 
     python examples/compare_estimators.py --model stories260K --data tinyshakespeare.txt --output estimators.png
 
-Where a model streams and the bus is the bottleneck, a step takes about as long with many forward passes as with two, as
-all members share what is uploaded: the second panel has the time of equal steps of such a model, by the two times of
-``--streamed-ms``, of a step of 2 and of one of 40 members (`zo2jax bench population`). Without a model and a text: the
-small model that comes with the package, and the documentation of Python's library.
+Without a model and a text: the small model that comes with the package, and the documentation of Python's library.
 """
 
 import tempfile
@@ -33,7 +30,7 @@ ESTIMATORS: dict[str, tuple[Callable[[], zo.Estimator], float]] = {
     "one_sided(8)": (lambda: zo.one_sided(8, EPS), 3e-3),
 }
 """How each is made, and its learning rate: the best of those in docs/LOG.md for stories260K on Shakespeare's plays."""
-POINTS = 40
+POINTS = 10
 """Evaluations of a run."""
 
 
@@ -51,18 +48,19 @@ class Setting:
         return next(iter(HeldOut(self.text.held_out, 64)))
 
 
-def curves(setting: Setting, estimator: zo.Estimator, rate: float, steps: int, seeds: list[int]) -> np.ndarray:
-    """Held-out losses, [seeds, POINTS + 1]: at first, and after each so many steps. All seeds go together."""
-    model, between = setting.model, max(steps // POINTS, 1)
+def curves(setting: Setting, estimator: zo.Estimator, rate: float, passes: int, seeds: list[int]) -> np.ndarray:
+    """Held-out losses, [seeds, POINTS + 1]: at first, and after each tenth of the passes. All seeds go together."""
+    model, members = setting.model, len(estimator.probes)
+    steps = max(passes // members // POINTS, 1)
     algorithm = zo.mezo(model.loss, estimator, zo.sgd(rate))
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     state = jax.vmap(partial(algorithm.init, model.params))(keys)
     look = jax.jit(jax.vmap(lambda state: model.loss(state.params, setting.held_out)))
     train = jax.jit(jax.vmap(lambda state, batches: jax.lax.scan(algorithm.step, state, batches)[0]), donate_argnums=0)
-    data = [TextBatches(setting.text.train, setting.batch, between * POINTS, seed) for seed in seeds]
+    data = [TextBatches(setting.text.train, setting.batch, steps * POINTS, seed) for seed in seeds]
     losses = [look(state)]
     for point in range(POINTS):
-        chosen = [_stacked([one[i] for i in range(point * between, (point + 1) * between)]) for one in data]
+        chosen = [_stacked([one[i] for i in range(point * steps, (point + 1) * steps)]) for one in data]
         state = train(state, _stacked(chosen))
         losses.append(look(state))
     return np.stack(losses, axis=1)
@@ -72,36 +70,26 @@ def _stacked(trees: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return jax.tree.map(lambda *x: np.stack(x), *trees)
 
 
-def draw(found: dict[str, np.ndarray], steps: int, streamed_ms: tuple[float, float], output: Path) -> None:
-    """The mean over the seeds of each, and from the lowest to the highest: by passes, and by time of a stream."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    (passes, time), done = figure.subplots(1, 2, sharey=True), np.linspace(0, steps, POINTS + 1)
-    few, many = streamed_ms
+def draw(found: dict[str, np.ndarray], passes: int, output: Path) -> None:
+    """The mean over the seeds of each, and from the lowest to the highest."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes, at = figure.subplots(), np.linspace(0, passes, POINTS + 1)
     for name, losses in found.items():
-        members = len(ESTIMATORS[name][0]().probes)
-        ms = few + (many - few) * (members - 2) / 38
-        within = done * members <= 2 * steps
-        for axes, at, shown in ((passes, done * members, within), (time, done * ms / 1e3, done >= 0)):
-            mean, label = losses.mean(axis=0)[shown], f"{name}: {losses.mean(axis=0)[shown][-1]:.3f}"
-            (line,) = axes.plot(at[shown], mean, label=label)
-            span = losses.min(axis=0)[shown], losses.max(axis=0)[shown]
-            axes.fill_between(at[shown], *span, color=line.get_color(), alpha=0.2, linewidth=0)
-    passes.set(xlabel="forward passes of a batch", ylabel="held-out loss, nats per token")
-    time.set(xlabel=f"seconds, if a step streams: {few:g} ms with 2 members, {many:g} with 40")
-    for axes in (passes, time):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(output, dpi=110)
+        (line,) = axes.plot(at, losses.mean(axis=0), "o-", markersize=3, label=f"{name}: {losses[:, -1].mean():.3f}")
+        axes.fill_between(at, losses.min(axis=0), losses.max(axis=0), color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set(xlabel="forward passes of a batch", ylabel="held-out loss, nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(output, dpi=120)
 
 
 def main(
     model: str = "",
     data: str = "",
-    steps: int = 1000,
+    passes: int = 2000,
     seeds: int = 3,
     batch: int = 16,
     tokens: int = 64,
-    streamed_ms: tuple[float, float] = (244.0, 272.0),
     output: Path = Path("estimators.png"),
 ) -> dict[str, np.ndarray]:
     """Trains, prints and draws; gives the losses, [seeds, POINTS + 1] of each estimator."""
@@ -113,10 +101,10 @@ def main(
         setting = Setting(loaded, load_text(loaded, data, tokens=tokens, batch=batch), batch)
     found = {}
     for name, (make, rate) in ESTIMATORS.items():
-        losses = found[name] = curves(setting, make(), rate, steps, list(range(seeds)))
+        losses = found[name] = curves(setting, make(), rate, passes, list(range(seeds)))
         each = "  ".join(f"{loss:.4f}" for loss in losses[:, -1])
         print(f"{name:24} {losses[0, 0]:.4f} -> {losses[:, -1].mean():.4f} ({each}), rate {rate:g}", flush=True)
-    draw(found, steps, streamed_ms, output)
+    draw(found, passes, output)
     return found
 
 
