@@ -17,7 +17,7 @@ import tyro
 import zo2jax as zo
 from zo2jax import visits
 from zo2jax.bench.shapes import Work, random_model
-from zo2jax.hybrid import Learner, Split, split
+from zo2jax.first_order import Learner, Split, split
 from zo2jax.metrics import memory_peaks
 from zo2jax.models.blocks import block_of, owned_shapes
 from zo2jax.models.layers import Batch

@@ -19,8 +19,8 @@ import zo2jax as zo
 from zo2jax import cli
 from zo2jax.config import ConfigError
 from zo2jax.config_files import load_config
+from zo2jax.first_order import split
 from zo2jax.header import Header
-from zo2jax.hybrid import split
 from zo2jax.leaves import leaf_ids
 from zo2jax.metrics import read_metrics
 from zo2jax.models.blocks import get_leaf, set_leaf, with_tied
@@ -500,3 +500,38 @@ def test_what_does_not_go_with_it(tmp_path):
         zo.hybrid(first_order=(), optimizer=optax.sgd(0.1))
     with pytest.raises(TypeError, match="expected an optax transformation"):
         zo.hybrid(first_order=("head.*",), optimizer=zo.sgd(0.1))
+    noisy = optax.chain(optax.add_noise(1e-3, 0.5, 0), optax.sgd(1e-2))
+    with pytest.raises(ValueError, match="has a typed random key, which checkpoints cannot hold"):
+        zo.Run(small(), zo.two_point(1e-3), zo.sgd(1e-3), **options | {"hybrid": hybrid(("third.*",), noisy)})
+    anchored = zo.svrg(zo.two_point(1e-3, direction=zo.lowrank(2)), 2)
+    with pytest.raises(ValueError, match="in a hybrid run: expected one without an anchor"):
+        zo.Run(small(), anchored, zo.sgd(1e-3), **options)
+
+
+def test_an_optimizer_may_keep_the_leaves_themselves(tmp_path):
+    kept = optax.GradientTransformation(
+        lambda leaves: leaves, lambda g, first, p: (jax.tree.map(jnp.negative, g), first)
+    )
+    options = {"directory": tmp_path, "key": jax.random.key(0), "hybrid": hybrid(zo.last_blocks(1), kept)}
+    with zo.Run(small(), zo.two_point(1e-3), zo.sgd(1e-3), **options) as run:
+        before = arrays(run.model.source)
+        run.step(numbers(1)[0])
+        (_, (leaves, first)), now = run.state.opt_state, arrays(run.model.source)
+    for name, leaf in flat(first).items():
+        assert (np.asarray(leaf) == np.asarray(get_leaf(before, name))).all()
+        assert (np.asarray(flat(leaves)[name]) == np.asarray(get_leaf(now, name))).all()
+    assert not (np.asarray(get_leaf(now, name)) == np.asarray(get_leaf(before, name))).all()
+
+
+@pytest.mark.parametrize("kind", ["prefix", pytest.param("lora", marks=pytest.mark.slow)])
+def test_files_of_adapters_lack_what_backpropagation_trained(kind, tmp_path):
+    model = made("llama")
+    direction = zo.lora(2, targets=("*.attn.q.*",))
+    if kind == "prefix":
+        model, direction = zo.with_prefix(model, [1, 2]), zo.dense(targets=("*.prefix.*",))
+    options = {"directory": tmp_path / "run", "key": jax.random.key(0), "hybrid": hybrid(("head.norm.*",))}
+    with zo.Run(model, zo.two_point(1e-1, direction=direction), zo.sgd(1e-2), **options) as run:
+        run.step(batches(1)[0])
+        with pytest.raises(ValueError, match=r"backpropagation train(s|ed) head\.norm\.weight (beside the prefix|too)"):
+            run.export(tmp_path / "peft", adapter=True)
+    assert not (tmp_path / "peft").exists()

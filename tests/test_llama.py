@@ -255,6 +255,14 @@ def test_greedy_generation_stops_at_a_stop_token(stories):
     assert stopping.generate(prompt, 40) == model.tokenizer.decode(written[: written.index(stop)])
 
 
+def test_attention_of_several_dtypes():
+    """As of probes in another dtype than the matrices that stay."""
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 4, 2, 8))
+    mixed = attention(q.astype("bfloat16"), k, v, None)
+    alike = attention(*(x.astype("bfloat16") for x in (q, k, v)), None)
+    assert mixed.dtype == "bfloat16" and bool((mixed == alike).all())
+
+
 @pytest.mark.parametrize("dtype, size", [("float32", 8), ("bfloat16", 12)])
 def test_cudnn_by_name_is_refused_where_it_does_not_apply(dtype, size):
     q = jnp.ones((1, 4, 2, size), dtype)

@@ -29,7 +29,7 @@ LAYERS = [
     {"masters", "tail"},
     {"accumulated", "listed"},
     {"stream", "objectives", "adapters"},
-    {"hybrid"},
+    {"first_order"},
     {"checkpoint", "kept", "weights", "directory", "restored", "saver", "run", "replay"},
     {"tasks", "config", "config_files"},
     {"train", "trained", "quantize"},

@@ -115,7 +115,16 @@ def test_what_cannot_be_fitted_is_refused():
     for call, message in (
         (lambda: zo.probed(make_model("llama"), [batch]), r"the model's head is CausalLM\(\): expected one of zo2jax"),
         (lambda: zo.probed(model, [batch], l2=0), r"l2 is 0, expected a positive number, such as 1e-3"),
-        (lambda: zo.probed(model, [batch | {"labels": jnp.full(4, -1)}]), "the batches hold no example with a label"),
+        (
+            lambda: zo.probed(model, [batch | {"labels": jnp.full(4, -1)}]),
+            "the largest label is -1, expected one",
+        ),
+        (
+            lambda: zo.probed(model, [batch | {"labels": jnp.full(4, 9)}]),
+            "the largest label is 9, expected one",
+        ),
+        (lambda: zo.probed(model, []), "the largest label is -1, expected one"),
+        (lambda: zo.probed(model, [{"ids": batch["ids"]}]), "a batch has no labels: expected 'ids' and 'labels'"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

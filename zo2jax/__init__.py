@@ -22,10 +22,10 @@ from zo2jax.estimators import leave_one_out as leave_one_out
 from zo2jax.estimators import one_sided as one_sided
 from zo2jax.estimators import svrg as svrg
 from zo2jax.estimators import two_point as two_point
+from zo2jax.first_order import hybrid as hybrid
+from zo2jax.first_order import last_blocks as last_blocks
 from zo2jax.formats import int4 as int4
 from zo2jax.formats import int8 as int8
-from zo2jax.hybrid import hybrid as hybrid
-from zo2jax.hybrid import last_blocks as last_blocks
 from zo2jax.mezo import Info as Info
 from zo2jax.mezo import Mezo as Mezo
 from zo2jax.mezo import State as State

@@ -1,7 +1,7 @@
 """What a run trained beside its matrices (`zo2jax.lora`, `zo2jax.with_prefix`), as the folder that PEFT loads."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,41 @@ from zo2jax.models.heads import CausalLM, Classification, QuestionAnswering
 from zo2jax.models.hub import appearing
 from zo2jax.models.model import Model
 from zo2jax.pages import flat
+
+
+def export_for_peft(
+    model: Model,
+    trained: Callable[[], Model],
+    direction: Direction,
+    beside: Callable[[str], Params],
+    folder: str | Path,
+    first_order: Sequence[str] = (),
+) -> Path:
+    """`export_prefix` of a model with a prefix, `export_adapter` of another one.
+
+    Args:
+        model: the one that a run was begun with.
+        trained: gives it as it is now.
+        direction: of the run.
+        beside: see `export_adapter`.
+        folder: to be made.
+        first_order: names of leaves that backpropagation trained (`zo2jax.hybrid`).
+
+    Raises:
+        FileExistsError, ValueError: as these do; for what PEFT's files have no place for.
+
+    >>> from zo2jax.demo import model_folder
+    >>> from zo2jax import load, lora
+    >>> export_for_peft(load(model_folder()), dict, lora(2), dict, "no/such/folder", ("head.norm.weight",))
+    Traceback (most recent call last):
+    ...
+    ValueError: backpropagation trained head.norm.weight too, for which files of adapters have no place
+    """
+    if model.config is not None and model.config.prefix:
+        return export_prefix(trained(), direction, folder, first_order)
+    if first_order and direction.adapter is not None:
+        raise ValueError(f"backpropagation trained {first_order[0]} too, for which files of adapters have no place")
+    return export_adapter(model, direction, beside, folder)
 
 
 def export_adapter(model: Model, direction: Direction, beside: Callable[[str], Params], folder: str | Path) -> Path:
@@ -83,7 +118,7 @@ def export_adapter(model: Model, direction: Direction, beside: Callable[[str], P
     return _write(folder, written, tensors)
 
 
-def export_prefix(model: Model, direction: Direction, folder: str | Path) -> Path:
+def export_prefix(model: Model, direction: Direction, folder: str | Path, first_order: Sequence[str] = ()) -> Path:
     """Writes the prefix of a model (`zo2jax.with_prefix`) as PEFT's files of prefix tuning; returns the folder.
 
     ``prompt_embeddings`` is float32 [n, layers * 2 * kv_heads * head_size], of each layer the keys, then the values. A
@@ -93,6 +128,7 @@ def export_prefix(model: Model, direction: Direction, folder: str | Path) -> Pat
         model: the trained one.
         direction: of the run.
         folder: to be made.
+        first_order: names of leaves that backpropagation trained.
 
     Raises:
         FileExistsError: if ``folder`` exists and is not empty.
@@ -111,12 +147,11 @@ def export_prefix(model: Model, direction: Direction, folder: str | Path) -> Pat
     head = () if isinstance(config.head, CausalLM) else ("weight", "bias")[: 1 + config.head.bias]
     kept = {f"head.{leaf}" for leaf in head}
     shapes = {f"{b}.{n}": x for b, leaves in owned_shapes(model.blocks).items() for n, x in flat(leaves).items()}
-    moved = [n for n, x in shapes.items() if direction.trains(n, x.ndim) and ".prefix." not in n and n not in kept]
-    if moved or direction.adapter is not None:
-        raise ValueError(
-            f"the direction is {direction}, which trains {(*moved, 'adapters')[0]} beside the prefix: PEFT's files "
-            "hold a prefix alone"
-        )
+    moved = {n for n, x in shapes.items() if direction.trains(n, x.ndim)} | {*first_order}
+    others = [n for n in shapes if n in moved and ".prefix." not in n and n not in kept]
+    if others or direction.adapter is not None:
+        how = "backpropagation" if others and others[0] in first_order else f"the direction is {direction}, which"
+        raise ValueError(f"{how} trains {(*others, 'adapters')[0]} beside the prefix: PEFT's files hold a prefix alone")
     layers = [flat(model.source[block.name]["prefix"]) for block in model.blocks if block.caches]
     rows = [np.asarray(layer[part]).reshape(config.prefix, -1) for layer in layers for part in "kv"]
     tensors = {"prompt_embeddings": np.concatenate(rows, axis=1)}

@@ -9,8 +9,8 @@ import optax
 
 from zo2jax.directions import Direction, dense, lora, lowrank
 from zo2jax.estimators import Estimator, averaged, leave_one_out, one_sided, svrg, two_point
+from zo2jax.first_order import Hybrid, hybrid, last_blocks
 from zo2jax.formats import Format, named
-from zo2jax.hybrid import Hybrid, hybrid, last_blocks
 from zo2jax.models.model import Model
 from zo2jax.optimizers import Optimizer, clip_by_running_scale, sgd
 from zo2jax.plan import Plan, parse_size, plan
@@ -351,17 +351,8 @@ class Config:
         )
         neutral += () if self.format else ("format", "group")
         # Runs of versions that lack these are as with what they are by default.
-        later: tuple[str, ...] = (
-            "compute",
-            "momentum",
-            "estimator",
-            "micro_batches",
-            "warmup",
-            "clip_scale",
-            "eps_end",
-            "prefix",
-        )
-        later += ("perturb_dtype", "first_order")
+        later = ["compute", "momentum", "estimator", "micro_batches", "warmup", "clip_scale", "eps_end"]
+        later += ["prefix", "perturb_dtype", "first_order"]
         neutral += () if self.first_order else ("first_order_rate",)
         neutral += tuple(name for name in later if getattr(self, name) == getattr(Config, name))
         neutral += () if self.anchor_directions else ("anchor_directions",)

@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zo2jax.adapters import export_adapter, export_prefix
+from zo2jax.adapters import export_for_peft
 from zo2jax.directions import step_keys
 from zo2jax.directory import Directory
 from zo2jax.estimators import Estimator
+from zo2jax.first_order import Hybrid, Learner, only_finite, split
 from zo2jax.header import Header
-from zo2jax.hybrid import Hybrid, Learner, only_finite, split
 from zo2jax.journal import Record
 from zo2jax.kept import Kept
 from zo2jax.metrics import Metrics, memory_peaks, number, of_step
@@ -156,12 +156,13 @@ class Run:
         """Opens the directory; restores the newest checkpoint if there is one."""
         optimizer = as_optimizer(optimizer)
         self._learner: Learner | None = None
+        self._first_order: tuple[str, ...] = ()
         if hybrid is not None:
             if isinstance(loss, Generated):
                 raise ValueError(f"the loss is {loss}, in a hybrid run: a score of texts has no gradient")
             parts = split(model, estimator, hybrid)
             model, estimator, plan = parts.model, parts.estimator, parts.resident(plan)
-            self._learner = Learner(parts)
+            self._learner, self._first_order = Learner(parts), parts.names
         self._kept = Kept.of(model, estimator, optimizer, rounding)
         self._estimator, self._optimizer = estimator, optimizer
         self._state = begin(owned_shapes(model.blocks), key, estimator, optimizer)._replace(params={})
@@ -241,7 +242,7 @@ class Run:
     def state(self) -> State:
         """The state of `zo2jax.mezo`, with every update applied; a copy, of the whole model.
 
-        Of a hybrid run the optimizer's state is a pair, with a `zo2jax.hybrid.FirstOrder`.
+        Of a hybrid run the optimizer's state is a pair, with a `zo2jax.first_order.FirstOrder`.
         """
         self._weights.settle()
         whole = self._whole if self._learner is None else jax.tree.map(jnp.copy, self._whole)
@@ -355,11 +356,10 @@ class Run:
                 `zo2jax.adapters`.
         """
         self.flush()
-        if adapter and self._model.config is not None and self._model.config.prefix:
-            return export_prefix(self.model, self._kept.direction, folder)
-        if adapter:
-            return export_adapter(self._model, self._kept.direction, self._stream.beside, folder)
-        return export(self.model, folder)
+        if not adapter:
+            return export(self.model, folder)
+        of_run = self._kept.direction, self._stream.beside, folder, self._first_order
+        return export_for_peft(self._model, lambda: self.model, *of_run)
 
     def close(self) -> None:
         """Writes the last step to the journal and the metrics, and lets go of the model and the directory."""

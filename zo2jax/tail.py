@@ -19,22 +19,20 @@ class Tail:
 
     Args:
         leaves: the first-order leaves, float32, by block.
+        blocks: names of the tail's, in order.
 
-    >>> Tail({"layers.1.mlp": {}, "head": {}}).begins({"embed": 0, "layers.1.attn": 1, "layers.1.mlp": 2, "head": 3})
-    2
+    >>> Tail({"head": {}}, ("layers.1.mlp", "head")).begins({"embed": 0, "layers.1.mlp": 1, "head": 2})
+    1
     """
 
-    def __init__(self, leaves: Mapping[str, Params]):
+    def __init__(self, leaves: Mapping[str, Params], blocks: tuple[str, ...]):
         """Knows no gradient yet."""
-        self._leaves = leaves
-        self._names: tuple[str, ...] = ()
+        self._leaves, self._names = leaves, blocks
         self._gradient: tuple[Params, ...] | None = None
 
     def begins(self, numbers: Mapping[str, int]) -> int:
         """The number of its first block, among those that all blocks have by name, in order."""
-        first = min(numbers[name] for name in self._leaves)
-        self._names = tuple(numbers)[first:]
-        return first
+        return numbers[self._names[0]]
 
     @property
     def gradient(self) -> Params:

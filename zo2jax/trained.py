@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
-from zo2jax.adapters import export_adapter, export_prefix
+from zo2jax.adapters import export_for_peft
 from zo2jax.checkpoint import Snapshots
 from zo2jax.config import Config
 from zo2jax.config_files import load_config
 from zo2jax.estimators import Estimator
-from zo2jax.hybrid import split
+from zo2jax.first_order import split
 from zo2jax.journal import JournalError, Recorded
 from zo2jax.kept import Kept
 from zo2jax.models.blocks import Params, Source
@@ -33,6 +33,8 @@ class _Found:
     number: int | None
     journal: Recorded | None
     """None for the weights of the checkpoint itself."""
+    first_order: tuple[str, ...] = ()
+    """Names of leaves that backpropagation trained."""
 
     @property
     def step(self) -> int:
@@ -92,9 +94,10 @@ def _find(directory: str | Path, best: bool) -> _Found:
         raise FileNotFoundError(f"{directory} holds no config.json: expected the directory of a run")
     config = load_config(str(folder))
     model, estimator = load_model(config), config.make_estimator()
+    first_order: tuple[str, ...] = ()
     if (hybrid := config.make_hybrid()) is not None:
         parts = split(model, estimator, hybrid)
-        model, estimator = parts.model, parts.estimator
+        model, estimator, first_order = parts.model, parts.estimator, parts.names
     snapshots = Snapshots(folder / "checkpoints")
     try:
         number = snapshots.best if best else snapshots.last
@@ -109,7 +112,7 @@ def _find(directory: str | Path, best: bool) -> _Found:
             f"what backpropagation did is in checkpoints alone, the last of step {number or 0}: go on with the run, "
             "which begins again there, or take its best checkpoint (--best)"
         )
-    return _Found(folder, config, model, estimator, number, journal)
+    return _Found(folder, config, model, estimator, number, journal, first_order)
 
 
 def trained_model(directory: str | Path, *, best: bool = False) -> tuple[int, Model]:
@@ -140,8 +143,7 @@ def export_trained_adapter(directory: str | Path, folder: str | Path, *, best: b
         FileExistsError, ValueError: as `export_adapter` and `export_prefix` do.
     """
     found = _find(directory, best)
-    if found.config.prefix:
-        return export_prefix(_model_of(found)[1], found.config.make_estimator().direction, folder)
-    if found.number is None:
+    if found.number is None and not found.config.prefix:
         raise FileNotFoundError(f"{directory} has no checkpoint yet, from which adapters are read")
-    return export_adapter(found.model, found.estimator.direction, partial(found.read, Restored.beside), folder)
+    of_run = found.estimator.direction, partial(found.read, Restored.beside), folder, found.first_order
+    return export_for_peft(found.model, lambda: _model_of(found)[1], *of_run)

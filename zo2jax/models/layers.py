@@ -246,6 +246,7 @@ def attention(
     # Causal rows that are padded on the right never see their padding: lengths save work in cuDNN and change nothing.
     lengths = lengths if fused else None
     dtype = query.dtype
+    key, value = key.astype(dtype), value.astype(dtype)  # of probes in another dtype than what stays beside them
     if dtype == jnp.float16 and jax.default_backend() == "cpu":  # XLA on the CPU lacks the product that JAX asks for
         query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
     with jax.default_matmul_precision("highest"), jax.numpy_dtype_promotion("standard"):
@@ -294,7 +295,8 @@ def attend(
         return (mixed[:, count:] if before else mixed), new
     at = positions_of(batch, count)
     rows = jnp.arange(len(query))[:, None]
-    cache = {"k": cache["k"].at[rows, at].set(key), "v": cache["v"].at[rows, at].set(value)}
+    new = {"k": key, "v": value}
+    cache = {name: kept.at[rows, at].set(new[name].astype(kept.dtype)) for name, kept in cache.items()}
     known = jnp.arange(cache["k"].shape[1], dtype=jnp.int32) <= at[:, None, :, None]
     dtype = compute_dtype(query.dtype)
     with jax.default_matmul_precision("highest"), jax.numpy_dtype_promotion("standard"):

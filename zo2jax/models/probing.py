@@ -46,10 +46,14 @@ def probed(model: Model, batches: Iterable[Batch], *, l2: float = 1e-3) -> Model
         raise ValueError(f"the model's head is {head}: expected one of zo2jax.Classification")
     if not 0 < l2 < float("inf"):
         raise ValueError(f"l2 is {l2}, expected a positive number, such as 1e-3")
-    x, labels = features(model, list(batches))
+    given = list(batches)
+    if not all("labels" in batch for batch in given):
+        raise ValueError("a batch has no labels: expected 'ids' and 'labels'")
+    most = max((int(np.max(batch["labels"])) for batch in given), default=-1)
+    if not 0 <= most < len(head.labels):
+        raise ValueError(f"the largest label is {most}, expected one of 0 to {len(head.labels) - 1}, and some of each")
+    x, labels = features(model, given)
     kept = labels >= 0
-    if not kept.any():
-        raise ValueError("the batches hold no example with a label: expected some of each class")
     weight = fitted(x[kept], labels[kept], len(head.labels), l2).astype(model.dtype)
     return model.replace(Source.of(model.source).having({"head": lambda: {"weight": weight}}, replacing=True))
 

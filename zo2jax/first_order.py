@@ -81,7 +81,8 @@ def hybrid(*, first_order: LastBlocks | Sequence[str], optimizer: optax.Gradient
     Args:
         first_order: `last_blocks`, or patterns (`fnmatch`) of the dotted names of leaves, such as
             ``("layers.11.*", "head.norm.*")``. Their matrices stay floats in a model with a format.
-        optimizer: any optax transformation, such as ``optax.adamw(1e-4)``.
+        optimizer: an optax transformation that needs no more than gradients and parameters, such as
+            ``optax.adamw(1e-4)``.
 
     Raises:
         ValueError, TypeError: for no patterns, a string in their place, or no optax transformation.
@@ -130,6 +131,11 @@ class Split:
     blocks: tuple[str, ...]
     """The tail."""
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Dotted, of the first-order leaves."""
+        return tuple(f"{block}.{name}" for block, leaves in self.shapes.items() for name in flat(leaves))
+
     def resident(self, plan: Plan | None) -> Plan | None:
         """A plan in which the tail lives on the device."""
         return plan and replace(plan, tiers=dict(plan.tiers) | dict.fromkeys(self.blocks, "device"))
@@ -149,8 +155,14 @@ class Learner:
 
     def __init__(self, split: Split):
         """Begins nothing."""
-        self._optimizer, self._shapes = split.hybrid.optimizer, split.shapes
+        self._optimizer, self._shapes, self._blocks = split.hybrid.optimizer, split.shapes, split.blocks
+        self._tail: Tail | None = None
         self.state: FirstOrder = jax.eval_shape(self._begun, split.shapes)
+        if any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in jax.tree.leaves(self.state)):
+            raise ValueError(
+                "the state of the optimizer of a hybrid run has a typed random key, which checkpoints cannot hold: "
+                "expected one without random numbers"
+            )
 
     def read(self, source: Mapping[str, Params]) -> None:
         """Begins with the leaves of a model."""
@@ -159,11 +171,11 @@ class Learner:
             named = flat(source[block])
             for name in flat(shapes):
                 set_leaf(leaves.setdefault(block, {}), name, jnp.array(named[name], jnp.float32))
-        self.state = self._begun(leaves)
+        self.state = jax.tree.map(jnp.copy, self._begun(leaves))  # some optimizers keep the leaves themselves
 
     def begin(self) -> Tail:
         """The tail of a step's sweep."""
-        self._tail = Tail(self.state.leaves)
+        self._tail = Tail(self.state.leaves, self._blocks)
         return self._tail
 
     def conclude(self, counts: jax.Array, skipped: jax.Array) -> Params:
@@ -173,7 +185,9 @@ class Learner:
             counts: of the members, float32 [M].
             skipped: bool [].
         """
+        assert self._tail is not None, "a step's sweep was begun"
         self.state = _moved(self._optimizer, self.state, self._tail.gradient, counts, skipped)
+        self._tail = None
         return self.state.leaves
 
     def _begun(self, leaves: Params) -> FirstOrder:
