@@ -37,15 +37,15 @@ def test_members_are_rounded_once_to_their_dtype(dtype, wide, implementation):
     ("family", "tied", "dtype", "kind", "of_probes", "tier"),
     [
         ("opt", True, "float32", "normal", "bfloat16", "host"),
-        ("llama", False, "bfloat16", "rademacher", "float32", "mixed"),
+        pytest.param("llama", False, "bfloat16", "rademacher", "float32", "mixed", marks=SLOW),
         pytest.param("qwen3", True, "float32", "normal", "float16", "disk", marks=SLOW),
     ],
 )
 def test_tiers_replay_and_the_update_itself(family, tied, dtype, kind, of_probes, tier, tmp_path):
     model = FAMILIES[family](tied).init(jax.random.key(1), dtype)
     direction = zo.dense(kind, perturb_dtype=of_probes)
-    weights, losses, updates = trained(model, tmp_path / "device", direction)
-    others = trained(model, tmp_path / "other", direction, PLANS[tier])
+    weights, losses, updates = trained(model, tmp_path / "device", direction, steps=3)
+    others = trained(model, tmp_path / "other", direction, PLANS[tier], steps=3)
     assert losses == others[1]
     assert_same(weights, others[0])
     assert_same(arrays(zo.replay(model, tmp_path / "other").source), weights)
@@ -53,7 +53,6 @@ def test_tiers_replay_and_the_update_itself(family, tied, dtype, kind, of_probes
     for update in updates:  # weights move in their own dtype, as along any z
         expected = zo.apply_update(expected, update, ids, direction=zo.dense(kind))
     assert_same(arrays(expected), weights)
-    assert losses[0] != trained(model, tmp_path / "plain", zo.dense(kind), steps=1)[1][0]
 
 
 @pytest.mark.parametrize("of_probes", ["bfloat16", pytest.param("float16", marks=SLOW)])
