@@ -105,8 +105,8 @@ def _check(y: jax.Array, x: jax.Array, v: jax.Array, f: jax.Array) -> None:
 
 def _unsuitable(y: jax.Array, x: jax.Array, v: jax.Array) -> str | None:
     """Why the kernel does not take these arguments, or None."""
-    if x.dtype == jnp.float32:
-        return "the kernel takes x of 16 bits"
+    if x.dtype != jnp.bfloat16:  # x V and small parts of F leave the range of float16
+        return f"x of {x.dtype}: the kernel takes bfloat16"
     if y.shape[1] % _ROWS or not y.size:
         return f"{y.shape[1]} rows a member: the kernel takes multiples of {_ROWS}"
     if any(n % _COLUMNS[-1] for n in (y.shape[2], x.shape[2])):

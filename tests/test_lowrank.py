@@ -14,13 +14,14 @@ from pallas_kernels.lowrank import add_lowrank
 RNG = np.random.default_rng(20261129)
 KERNEL_SHAPES = [  # members, rows, n_in, n_out, rank, shared V, x, y
     (2, 64, 128, 192, 8, False, "bfloat16", "bfloat16"),
-    (3, 128, 64, 128, 3, True, "float16", "float16"),
+    (3, 128, 64, 128, 3, True, "bfloat16", "bfloat16"),
     (1, 64, 320, 64, 8, False, "bfloat16", "float32"),
 ]
 SHAPES = [
     *KERNEL_SHAPES,
     (2, 5, 7, 3, 1, False, "float32", "float32"),
     (3, 33, 65, 127, 9, True, "bfloat16", "bfloat16"),
+    (2, 64, 64, 64, 8, False, "float16", "float16"),
 ]
 
 
@@ -91,7 +92,8 @@ def test_the_kernel_lowers_for_cuda(monkeypatch):
         ((2, 63, 128, 128, 8, False, "bfloat16", "bfloat16"), "63 rows a member: the kernel takes multiples of 64"),
         ((2, 64, 100, 128, 8, False, "bfloat16", "bfloat16"), "n_in 100, n_out 128: the kernel takes multiples of 64"),
         ((2, 64, 128, 128, 9, False, "bfloat16", "bfloat16"), "rank 9: the kernel takes 1 to 8"),
-        ((2, 64, 128, 128, 8, False, "float32", "float32"), "the kernel takes x of 16 bits"),
+        ((2, 64, 128, 128, 8, False, "float32", "float32"), "x of float32: the kernel takes bfloat16"),
+        ((2, 64, 128, 128, 8, False, "float16", "float16"), "x of float16: the kernel takes bfloat16"),
     ],
 )
 @NEEDS_KERNELS
