@@ -5,7 +5,6 @@
 Without a model and a text: the small model that comes with the package, and the documentation of Python's library.
 """
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +17,8 @@ import tyro
 from matplotlib.figure import Figure
 
 import zo2jax as zo
-from zo2jax.demo import model_folder
-from zo2jax.tasks.stdlib import docstrings
-from zo2jax.tasks.text import HeldOut, TextBatches, TextData, load_text
+from zo2jax.demo import load_text_or_docstrings, model_folder
+from zo2jax.tasks.text import HeldOut, TextBatches, TextData
 
 EPS = 1e-3
 ESTIMATORS: dict[str, tuple[Callable[[], zo.Estimator], float]] = {
@@ -94,11 +92,7 @@ def main(
 ) -> dict[str, np.ndarray]:
     """Trains, prints and draws; gives the losses, [seeds, POINTS + 1] of each estimator."""
     loaded = zo.load(model or model_folder(), dtype="float32")
-    with tempfile.TemporaryDirectory() as folder:
-        if not data:
-            data = str(Path(folder) / "docstrings.txt")
-            Path(data).write_text(docstrings(), encoding="utf-8")
-        setting = Setting(loaded, load_text(loaded, data, tokens=tokens, batch=batch), batch)
+    setting = Setting(loaded, load_text_or_docstrings(loaded, data, tokens=tokens, batch=batch), batch)
     found = {}
     for name, (make, rate) in ESTIMATORS.items():
         losses = found[name] = curves(setting, make(), rate, passes, list(range(seeds)))

@@ -18,9 +18,8 @@ import tyro
 from matplotlib.figure import Figure
 
 import zo2jax as zo
-from zo2jax.demo import model_folder
-from zo2jax.tasks.stdlib import docstrings
-from zo2jax.tasks.text import HeldOut, TextBatches, TextData, load_text
+from zo2jax.demo import load_text_or_docstrings, model_folder
+from zo2jax.tasks.text import HeldOut, TextBatches, TextData
 
 EPS = 1e-3
 Choice = tuple[float, int, float]
@@ -104,11 +103,7 @@ def main(
 ) -> dict[str, Curve]:
     """Trains, prints and draws."""
     loaded = zo.load(model or model_folder(), dtype="float32")
-    with tempfile.TemporaryDirectory() as folder:
-        if not data:
-            data = str(Path(folder) / "docstrings.txt")
-            Path(data).write_text(docstrings(), encoding="utf-8")
-        text = load_text(loaded, data, tokens=tokens, batch=batch)
+    text = load_text_or_docstrings(loaded, data, tokens=tokens, batch=batch)
     curves = compare(loaded, text, CHOICES, batch, seconds, points)
     for name, curve in curves.items():
         each = 1e3 * curve.seconds[-1] / (curve.steps[-1] - 1)

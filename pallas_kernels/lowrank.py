@@ -120,8 +120,8 @@ def _xla(y: jax.Array, x: jax.Array, v: jax.Array, f: jax.Array, scale: jax.Arra
     """A sum that becomes part of what reads it, not one more product."""
     rank = f.shape[2]
     both = v if x.dtype == jnp.float32 else jnp.concatenate(_halves(v, x.dtype), axis=2)
-    both = jnp.broadcast_to(both, (len(x), *both.shape[1:]))
-    h = jnp.einsum("mti,mir->mtr", x, both, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    of, both = ("mir", both) if len(both) > 1 else ("ir", both[0])  # one product where all share V
+    h = jnp.einsum(f"mti,{of}->mtr", x, both, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
     h = h if h.shape[2] == rank else h[:, :, :rank] + h[:, :, rank:]
     wide = scale * y.astype(jnp.float32)
     for j in range(rank):

@@ -225,8 +225,7 @@ def _launch(
     shape = w.shape if plan.in_page is None else plan.in_page
     step = _TILES[-1 if plan.in_page is None else 0]
     padded = -(-groups // step) * step
-    enough = 1 if plan.in_page is not None else _PROGRAMS
-    tile = next(t for t in _TILES if padded % t == 0 and (padded // t >= enough or t == step))
+    tile = next(t for t in _TILES if padded % t == 0 and (padded // t >= _PROGRAMS or t == step))
     tiled = (padded // tile, tile, bits.GROUP)
 
     def pack(x: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """`zo2jax demo`: adapts the small Llama that comes with the package from docstrings to source code, offline."""
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,9 @@ from zo2jax.config import Config
 from zo2jax.config_files import find_config, packaged_configs, with_overrides
 from zo2jax.metrics import write_atomically
 from zo2jax.models.hub import load
-from zo2jax.tasks.stdlib import source_code
+from zo2jax.models.model import Model
+from zo2jax.tasks.stdlib import docstrings, source_code
+from zo2jax.tasks.text import TextData, load_text
 from zo2jax.train import Result, train, trained_model
 
 PROMPT = "def __init__(self, "
@@ -25,6 +28,19 @@ def model_folder() -> Path:
     True
     """
     return Path(__file__).parent / "assets" / "tiny"
+
+
+def load_text_or_docstrings(model: Model, data: str, *, tokens: int, batch: int) -> TextData:
+    """`zo2jax.tasks.text.load_text`; of the documentation of Python's library if ``data`` is empty.
+
+    >>> len(load_text_or_docstrings(load(model_folder()), "", tokens=64, batch=16).train) > 1000
+    True
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        if not data:
+            data = str(Path(folder) / "docstrings.txt")
+            Path(data).write_text(docstrings(), encoding="utf-8")
+        return load_text(model, data, tokens=tokens, batch=batch)
 
 
 def demo_config(overrides: Sequence[str] = ()) -> Config:

@@ -36,7 +36,7 @@ from zo2jax.pages import Layout, Place, codes_in, encoded, flat
 from zo2jax.pending import merged as with_pending
 from zo2jax.pending import saved_pending
 from zo2jax.probes import of_member
-from zo2jax.updates import Update, by_leaf, combined, folded, in_order, joined, repeated
+from zo2jax.updates import Update, by_leaf, folded, in_order, joined, repeated
 
 
 class Basis(NamedTuple):
@@ -89,12 +89,17 @@ class Sum(NamedTuple):
                 return Sum(_moved(self.p, terms, direction, shape[0]))
             one = lambda held, update: held.moved(update, update.keys, direction, shape)  # noqa: E731
             return in_order(one, self, update._replace(keys=keys), count)
-        coefs, decay = (bits.cut12(x) for x in (update.coefs, lax.optimization_barrier(update.decay)))
+
+        def moved(x: jax.Array, coefs: jax.Array, decay: jax.Array) -> jax.Array:
+            terms = Terms(keys[None, :, 0], bits.cut12(coefs)[None], bits.cut12(decay)[None])
+            return _moved(x, terms, direction, shape[0])
+
         if self.n is None:
-            return Sum(_moved(self.p, Terms(keys[None, :, 0], coefs[None], decay[None]), direction, shape[0]))
+            return Sum(moved(self.p, update.coefs, update.decay))
         assert update.fresh is not None, "an optimizer with momentum says so in its updates"
-        fresh = bits.cut12(lax.optimization_barrier(update.fresh))
-        n = decayed(self.n, combined(keys, bits.cut12(fresh * coefs), shape, direction), fresh, jnp.float32)
+        fresh = bits.cut12(update.fresh)
+        n = moved(self.n, fresh * bits.cut12(update.coefs), fresh)
+        decay = bits.cut12(lax.optimization_barrier(update.decay))
         return Sum(decayed(self.p, jnp.where(fresh > 0, n, 0), decay, jnp.float32), n)
 
 

@@ -155,7 +155,7 @@ class Learner:
 
     def __init__(self, split: Split):
         """Begins nothing."""
-        self._optimizer, self._shapes, self._blocks = split.hybrid.optimizer, split.shapes, split.blocks
+        self.split, self._optimizer = split, split.hybrid.optimizer
         self._tail: Tail | None = None
         self.state: FirstOrder = jax.eval_shape(self._begun, split.shapes)
         if any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in jax.tree.leaves(self.state)):
@@ -167,7 +167,7 @@ class Learner:
     def read(self, source: Mapping[str, Params]) -> None:
         """Begins with the leaves of a model."""
         leaves: Params = {}
-        for block, shapes in self._shapes.items():
+        for block, shapes in self.split.shapes.items():
             named = flat(source[block])
             for name in flat(shapes):
                 set_leaf(leaves.setdefault(block, {}), name, jnp.array(named[name], jnp.float32))
@@ -175,7 +175,7 @@ class Learner:
 
     def begin(self) -> Tail:
         """The tail of a step's sweep."""
-        self._tail = Tail(self.state.leaves, self._blocks)
+        self._tail = Tail(self.state.leaves, self.split.blocks)
         return self._tail
 
     def conclude(self, counts: jax.Array, skipped: jax.Array) -> Params:

@@ -156,13 +156,12 @@ class Run:
         """Opens the directory; restores the newest checkpoint if there is one."""
         optimizer = as_optimizer(optimizer)
         self._learner: Learner | None = None
-        self._first_order: tuple[str, ...] = ()
         if hybrid is not None:
             if isinstance(loss, Generated):
                 raise ValueError(f"the loss is {loss}, in a hybrid run: a score of texts has no gradient")
             parts = split(model, estimator, hybrid)
             model, estimator, plan = parts.model, parts.estimator, parts.resident(plan)
-            self._learner, self._first_order = Learner(parts), parts.names
+            self._learner = Learner(parts)
         self._kept = Kept.of(model, estimator, optimizer, rounding)
         self._estimator, self._optimizer = estimator, optimizer
         self._state = begin(owned_shapes(model.blocks), key, estimator, optimizer)._replace(params={})
@@ -358,7 +357,8 @@ class Run:
         self.flush()
         if not adapter:
             return export(self.model, folder)
-        of_run = self._kept.direction, self._stream.beside, folder, self._first_order
+        names = () if self._learner is None else self._learner.split.names
+        of_run = self._kept.direction, self._stream.beside, folder, names
         return export_for_peft(self._model, lambda: self.model, *of_run)
 
     def close(self) -> None:
