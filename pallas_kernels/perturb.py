@@ -89,11 +89,18 @@ def perturb(
     too_large = where.row_count * where.groups >= 1 << 32
     chosen = choose("perturb", implementation, f"{w.shape} has 2**34 elements or more" if too_large else None)
     plan = _Plan(where, shard is None, pair, rounding, chosen, _checked(dtype, w))
-    if chosen == "xla" or w.size == 0 or (terms is None and probes is None):
-        return _xla(plan, origin, w, terms, probes)
-    if implementation is not None:
-        return _mosaic(plan, origin, w, terms, probes)
-    return lax.platform_dependent(origin, w, terms, probes, cuda=partial(_mosaic, plan), default=partial(_xla, plan))
+    with _scope(probes):
+        if chosen == "xla" or w.size == 0 or (terms is None and probes is None):
+            return _xla(plan, origin, w, terms, probes)
+        if implementation is not None:
+            return _mosaic(plan, origin, w, terms, probes)
+        either = {"cuda": partial(_mosaic, plan), "default": partial(_xla, plan)}
+        return lax.platform_dependent(origin, w, terms, probes, **either)
+
+
+def _scope(probes: Probes | None) -> Any:
+    """Says in profiles what an operation is for: of one that moves an array and makes probes, these."""
+    return jax.named_scope("update" if probes is None else "perturb")
 
 
 def perturb_in_page(
@@ -153,9 +160,10 @@ def perturb_in_page(
     plan = _Plan(where, True, pair, rounding, chosen, _checked(dtype, page), in_page=shape)
     launch = apart(partial(_launch, plan), sliced)
     origin = jnp.append(origin, np.uint32(offset // ALIGNMENT))
-    if implementation is not None:
-        return launch(origin, page, terms, probes)
-    return lax.platform_dependent(origin, page, terms, probes, cuda=launch, default=sliced)
+    with _scope(probes):
+        if implementation is not None:
+            return launch(origin, page, terms, probes)
+        return lax.platform_dependent(origin, page, terms, probes, cuda=launch, default=sliced)
 
 
 def _sliced(
@@ -166,9 +174,10 @@ def _sliced(
     moved, members = perturb(w, terms, probes, **options)
     if terms is None:
         return page, members
-    # By rows of a tile, since the number of an element may not fit in 32 bits.
-    moved = jnp.pad(moved.reshape(-1), (0, -moved.size % ALIGNMENT)).reshape(-1, ALIGNMENT)
-    rows = lax.dynamic_update_slice(page.reshape(-1, ALIGNMENT), moved, (offset // ALIGNMENT, 0))
+    with jax.named_scope("update"):
+        # By rows of a tile, since the number of an element may not fit in 32 bits.
+        moved = jnp.pad(moved.reshape(-1), (0, -moved.size % ALIGNMENT)).reshape(-1, ALIGNMENT)
+        rows = lax.dynamic_update_slice(page.reshape(-1, ALIGNMENT), moved, (offset // ALIGNMENT, 0))
     return rows.reshape(-1), members
 
 

@@ -37,6 +37,7 @@ class _Plan(NamedTuple):
     implementation: str
 
 
+@jax.named_scope("perturb")
 def perturb_codes(
     codes: Codes | jax.Array,
     pending: Pending | None,

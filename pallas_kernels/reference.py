@@ -185,6 +185,7 @@ def perturb(
         # Where weights and decay are constants of a program, XLA would reorder the sums of their products.
         decay = None if terms.decay is None else lax.optimization_barrier(terms.decay)
 
+        @jax.named_scope("update")
         def update(u: jax.Array, x: jax.Array) -> jax.Array:
             keys, coefs = terms.keys[u], terms.coefs[u]
             first = words(keys[0])  # they serve the rounding too
@@ -210,6 +211,7 @@ def perturb(
     return w, members(wide, probes, lambda key: values(pair, words(key)), w.dtype if dtype is None else dtype)
 
 
+@jax.named_scope("perturb")
 def members(wide: jax.Array, probes: Probes, z: Callable[[jax.Array], jax.Array], dtype: Any) -> jax.Array:
     """wide + sum_k matrix[m, k] z(keys[k]) for float32 ``wide``, rounded once to ``dtype``: [M, *wide.shape].
 

@@ -17,7 +17,7 @@ PUBLIC = sorted(
 
 # Each module may import from those before it.
 LAYERS = [
-    {"leaves"},
+    {"leaves", "marks"},
     {"directions", "formats"},
     {"updates", "estimators", "optimizers"},
     {"mezo"},

@@ -153,6 +153,7 @@ _after_all = jax.jit(partial(in_order, after))
 
 
 @partial(jax.jit, static_argnames=("shapes", "direction"))
+@jax.named_scope("update")
 def _rest_of(
     basis: Basis, ids: jax.Array, shapes: tuple[tuple[int, ...], ...], direction: Direction
 ) -> list[tuple[jax.Array, jax.Array, jax.Array]]:

@@ -64,6 +64,7 @@ class Sum(NamedTuple):
     n: jax.Array | None = None
     """N, of the same shape; None for an optimizer without momentum."""
 
+    @jax.named_scope("update")
     def moved(
         self,
         update: Update,
@@ -226,6 +227,7 @@ def _(size: int, in_batched: Any, y: jax.Array, x: jax.Array, v: jax.Array, f: j
     return _of_members(y, x, v if in_batched[2] else v[None], f, scale), True
 
 
+@jax.named_scope("perturb")
 def _of_members(y: jax.Array, x: jax.Array, v: jax.Array, f: jax.Array, scale: jax.Array) -> jax.Array:
     rows, of_x = (a.reshape(len(a), -1, a.shape[-1]) for a in (y, x))
     return add_lowrank(rows, of_x, v, f, scale).reshape(y.shape)
@@ -271,6 +273,7 @@ class Factors:
             )
         self._basis, self._ids = basis, ids
 
+    @jax.named_scope("perturb")
     def weight(self, index: int, member: jax.Array | None) -> Factored:
         """A member's matrix; the one without a probe if ``member`` is None."""
         place = self._places[index]
@@ -318,6 +321,7 @@ def _parts(p: jax.Array, direction: Direction, rows: int) -> list[_Part]:
 
 
 @jax.jit
+@jax.named_scope("update")
 def after(basis: Basis, update: Update) -> Basis:
     """What is gone after an update: s <- s - decay s.
 

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from zo2jax.link import Edit, Link, StoreError
+from zo2jax.marks import mark
 from zo2jax.models.tensors import Extent, Stamp
 from zo2jax.pages import Layout
 
@@ -36,7 +37,8 @@ class _Staged(ABC):
         """Reads the pages, then copies to the device."""
 
         def work(memory: np.ndarray) -> Pages:
-            self._read(memory)
+            with mark("disk read", len(memory)):
+                self._read(memory)
             pages = tuple(self._link.up(page) for page in self._layout.views(memory))
             return jax.block_until_ready(pages)
 
@@ -110,7 +112,8 @@ class OnDisk(_Staged):
         def work(memory: np.ndarray) -> None:
             for array, page in zip(pages, self._layout.views(memory), strict=True):
                 self._link.down(array, page).result()
-            self._write(memory)
+            with mark("disk write", len(memory)):
+                self._write(memory)
 
         return self._workers.submit(self._with_memory, work)
 
@@ -118,11 +121,13 @@ class OnDisk(_Staged):
     def edit(self) -> Iterator[Edit]:
         """Reads the file, and writes it at the end."""
         with self._memory() as memory:
-            self._read(memory)
+            with mark("disk read", len(memory)):
+                self._read(memory)
             edit = Edit(self._layout.views(memory), self._link)
             yield edit
             edit.finish()
-            self._write(memory)
+            with mark("disk write", len(memory)):
+                self._write(memory)
 
     def _read(self, memory: np.ndarray) -> None:
         if not self.close.alive:

@@ -123,6 +123,7 @@ def fold(
 
 
 @partial(jax.jit, static_argnames=("columns", "direction", "rounding", "bits", "group"))
+@jax.named_scope("update")
 def _folded(
     w: jax.Array | None, master: jax.Array | None, addend: Addend | Terms, start: jax.Array, *,
     columns: int, direction: Direction, rounding: Rounding, bits: int = 8, group: int = 1,

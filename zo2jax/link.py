@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from zo2jax.marks import mark
+
 _HUGE = 1 << 21
 
 
@@ -101,13 +103,14 @@ class Link:
     def up(self, page: np.ndarray) -> jax.Array:
         """A copy on the device, which may still be under way; the page must not change until it is there."""
         if self._cuda is None:
-            return jnp.array(page)  # a transfer would keep to the memory itself
+            with mark("upload", page.nbytes):
+                return jnp.array(page)  # a transfer would keep to the memory itself
         return jax.device_put(page)
 
     def down(self, array: jax.Array, page: np.ndarray) -> Copy:
         """Copies an array into host memory, as soon as it is computed; no thread waits for that."""
         if self._cuda is None:
-            return Copy(lambda: np.copyto(page, np.asarray(array)))
+            return Copy(partial(_copy, array, page))
         self._enter()
         exported: Any = array
         held = exported.__dlpack__(stream=self._stream.value)  # the stream waits for the array; its memory is kept
@@ -190,6 +193,12 @@ class Edit:
     def _left(self, most: int) -> None:
         while len(self._leaving) > most:
             self._leaving.pop(0).result()
+
+
+def _copy(array: jax.Array, page: np.ndarray) -> None:
+    array.block_until_ready()
+    with mark("write-back", page.nbytes):
+        np.copyto(page, np.asarray(array))
 
 
 @partial(jax.jit, static_argnums=2)

@@ -121,6 +121,7 @@ class Terms(NamedTuple):
 
 
 @jax.jit
+@jax.named_scope("update")
 def _terms(pending: Pending, ids: jax.Array) -> list[Terms]:
     """By one program: a fold asks for those of many leaves."""
     of_leaves, seed = pending.of_leaves(ids), jax.random.key_data(pending.key)
@@ -128,6 +129,7 @@ def _terms(pending: Pending, ids: jax.Array) -> list[Terms]:
 
 
 @jax.jit
+@jax.named_scope("update")
 def after(pending: Pending, update: Update) -> Pending:
     """With the terms of an update, if any of its coefficients is not zero.
 

@@ -89,6 +89,7 @@ class Matrices:
         self._last = (lax.slice(y, (0,) * y.ndim, (1,) * y.ndim),)  # all of it would have to stay in memory
         return y
 
+    @jax.named_scope("perturb")
     def rows(self, index: int, member: jax.Array | None, ids: jax.Array) -> jax.Array:
         """Rows ``ids`` [n] of a member's matrix, [n, n_in]: z is drawn for them alone."""
         place, probes = self.places[index], self.noise(index)

@@ -22,6 +22,7 @@ from zo2jax.first_order import Hybrid, Learner, only_finite, split
 from zo2jax.header import Header
 from zo2jax.journal import Record
 from zo2jax.kept import Kept
+from zo2jax.marks import mark
 from zo2jax.metrics import Metrics, memory_peaks, number, of_step
 from zo2jax.mezo import Info, State, begin, conclude
 from zo2jax.models.blocks import forward, owned_shapes
@@ -476,7 +477,8 @@ class Run:
             return
         update, parts = info.update, (info.loss, info.projected_gradient, info.losses)
         wanted = (*parts, update.coefs, update.decay, info.skipped)
-        loss, gradient, losses, coefs, decay, skipped = jax.device_get(wanted)  # waits for the step
+        with mark("wait"):
+            loss, gradient, losses, coefs, decay, skipped = jax.device_get(wanted)
         now = time.perf_counter()
         seconds = float("nan") if self._finished is None else now - self._finished
         self._finished, self._rate = now, info.tokens / seconds

@@ -13,6 +13,7 @@ import numpy as np
 
 from zo2jax.files import InFiles, OnDisk, Pages
 from zo2jax.link import Copy, Edit, Link, check_host_memory
+from zo2jax.marks import mark
 from zo2jax.models.blocks import Params
 from zo2jax.models.tensors import Extent
 from zo2jax.pages import Layout
@@ -102,7 +103,10 @@ def result(pages: "Pages | Future[Pages]") -> Pages:
     >>> result((jnp.ones(1),))[0].shape
     (1,)
     """
-    return pages.result() if isinstance(pages, Future) else pages
+    if not isinstance(pages, Future):
+        return pages
+    with mark("wait"):
+        return pages.result()
 
 
 _STAGING = 4

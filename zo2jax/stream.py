@@ -28,6 +28,7 @@ from zo2jax.formats import Format
 from zo2jax.leaves import leaf_ids
 from zo2jax.link import Copy, StoreError
 from zo2jax.listed import Listed
+from zo2jax.marks import mark
 from zo2jax.models.blocks import Block, Params, Source, Visit, block_of, owned_shapes, set_leaf
 from zo2jax.models.layers import Batch, Cache
 from zo2jax.pages import flat, layouts_of
@@ -511,12 +512,14 @@ class Stream(Mapping[str, Params]):
         """Waits until a block has left the device."""
         if i in self._leaving:
             try:
-                self._leaving[i].result()
+                with mark("wait"):
+                    self._leaving[i].result()
             except BaseException:
                 self._torn = True
                 raise
             del self._leaving[i]
-        jax.block_until_ready([x for x in self._last.pop(i, []) if not x.is_deleted()])
+        with mark("wait"):
+            jax.block_until_ready([x for x in self._last.pop(i, []) if not x.is_deleted()])
 
 
 def _copied(leaves: dict[str, Any]) -> dict[str, Any]:

@@ -362,9 +362,11 @@ def by_leaf(
         data, *numbers = jax.random.key_data(update.keys), bits.cut12(update.coefs), bits.cut12(update.decay)
         data, coefs, decay = (x[None] if one else x for x in (data, *numbers))
         used = None if one or count is None else of_all(count)
-        terms = Terms(leaf_keys(data, leaf_ids), of_all(coefs), of_all(decay), used)
+        with jax.named_scope("update"):
+            terms = Terms(leaf_keys(data, leaf_ids), of_all(coefs), of_all(decay), used)
     if keys is not None and matrix is not None:
-        probes = Probes(leaf_keys(jax.random.key_data(keys), leaf_ids), of_all(bits.cut12(matrix)))
+        with jax.named_scope("perturb"):
+            probes = Probes(leaf_keys(jax.random.key_data(keys), leaf_ids), of_all(bits.cut12(matrix)))
     return terms, probes
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from rich.console import Console
 
+from zo2jax.bench.planes import copy_of, on_streams
 from zo2jax.bench.process import machine, measured, new_file
 from zo2jax.bench.report import title
 from zo2jax.bench.throughput import NO_PREALLOCATION, WARM_UPS, Setting, running, timed_step
@@ -46,7 +47,7 @@ def lane_of(name: str) -> str:
     >>> [lane_of(name) for name in ("MemcpyH2D", "MemcpyD2H", "MemcpyD2D", "gemm_fusion_7")]
     ['upload', 'write-back', 'compute', 'compute']
     """
-    return "upload" if "MemcpyH2D" in name else "write-back" if "MemcpyD2H" in name else "compute"
+    return copy_of(name) or "compute"
 
 
 def events(planes: Iterable[Any]) -> list[Event]:
@@ -59,14 +60,7 @@ def events(planes: Iterable[Any]) -> list[Event]:
     Traceback (most recent call last):
     ValueError: the trace shows no work of a GPU, which the picture is of
     """
-    found = [
-        (event.start_ns, event.duration_ns, lane_of(event.name))
-        for plane in planes
-        if "GPU" in plane.name
-        for line in plane.lines
-        if line.name.startswith("Stream")
-        for event in line.events
-    ]
+    found = [(event.start_ns, event.duration_ns, lane_of(event.name)) for event in on_streams(planes)]
     if not found:
         raise ValueError("the trace shows no work of a GPU, which the picture is of")
     first = min(found)[0]
