@@ -10,6 +10,7 @@ import jax
 
 from zo2jax import __version__, demo, formats, train
 from zo2jax.bench import commands as bench
+from zo2jax.bench.profile import profile
 from zo2jax.config_files import load_config
 from zo2jax.models.generation import Choose, greedy, sampling
 from zo2jax.models.hub import export, load
@@ -72,6 +73,14 @@ def _parser() -> argparse.ArgumentParser:
     sub = commands.add_parser("demo", help="adapt the model that comes with the package; offline, a few minutes")
     add_overrides(sub)
 
+    sub = commands.add_parser("profile", help="where the time of a config's step goes, and a trace of it")
+    sub.add_argument("config", help="as for train, or the directory of a run, which is not touched")
+    add_overrides(sub)
+    sub.add_argument("--steps", type=int, default=4, help="that are traced; more where folds are more seldom")
+    sub.add_argument("--trace", metavar="FOLDER", help="keep the trace, for Perfetto and XProf")
+    sub.add_argument("--json", metavar="FILE", help="write all numbers here")
+    sub.add_argument("-o", "--output", metavar="FILE", help="the picture to make: .png, .svg or .pdf")
+
     sub = commands.add_parser("bench", help="time and peak memory of a step, on random weights of a real model's shape")
     bench.add_arguments(sub)
     return parser
@@ -109,6 +118,9 @@ def _run(arguments: argparse.Namespace) -> int:
     elif arguments.command == "quantize":
         format = formats.named(arguments.format, arguments.group, tuple(arguments.keep))
         print(quantize(load(arguments.model), format, arguments.output, limit=arguments.limit))
+    elif arguments.command == "profile":
+        wanted = {name: getattr(arguments, name) for name in ("steps", "trace", "json", "output")}
+        profile(arguments.config, arguments.overrides, **wanted)
     elif arguments.command == "bench":
         bench.run(arguments)
     elif arguments.command in ("replay", "apply"):

@@ -9,7 +9,8 @@ import jax
 STEP = "zo2jax.step"
 """A step of a run, in traces of `zo2jax profile`."""
 
-MARKS = ("wait", "upload", "write-back", "disk read", "disk write")
+DISK = ("disk read", "disk write")
+MARKS = ("wait", "upload", "write-back", *DISK)
 """What there are: the host waits for the device or a transfer; it copies where there is no link; it moves a file."""
 
 

@@ -170,6 +170,18 @@ def _open_run(config: Config, model: Model, data: Prepared, plan: Plan) -> Run:
     )
 
 
+def open_elsewhere(config: Config, directory: str | Path) -> tuple[Run, Prepared]:
+    """The run that a config describes, begun anew in another directory than its own, and its data; for measurements.
+
+    Raises:
+        FileNotFoundError, ValueError: for bad input, before anything is written.
+    """
+    config = replace(config, probe_batch=_members_at_once(config), directory=str(directory))
+    model = load_model(config)
+    data = prepare(config, model)
+    return _open_run(config, model, data, _plan(config, model, data)), data
+
+
 def _evaluate_best(config: Config, data: Prepared, console: Console) -> dict[str, float]:
     """The task's metric by the best checkpoint; kept in evaluation.json, beside the predictions."""
     step, model = trained_model(config.directory, best=True)

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from zo2jax.marks import MARKS, STEP
+from zo2jax.bench.timeline import Event
+from zo2jax.marks import DISK, MARKS, STEP
 
 _SCOPE = re.compile(r"(?<!jit\()\b(?:perturb|update)\b")
 """Scopes that say which part of a step an operation belongs to, of several the innermost; the others are forward."""
@@ -38,6 +39,11 @@ class Operation(NamedTuple):
     """Where it was traced, such as "jit(_train)/perturb/add"."""
     nbytes: int = 0
     """Of a mark."""
+
+    @property
+    def event(self) -> Event:
+        """In the lane that its part is, or for files "disk"."""
+        return Event("disk" if self.part in DISK else self.part, self.start, self.duration)
 
 
 def part_of(scope: str) -> str:

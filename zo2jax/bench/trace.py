@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -12,33 +12,11 @@ from zo2jax.bench.planes import copy_of, on_streams
 from zo2jax.bench.process import machine, measured, new_file
 from zo2jax.bench.report import title
 from zo2jax.bench.throughput import NO_PREALLOCATION, WARM_UPS, Setting, running, timed_step
+from zo2jax.bench.timeline import Event, Window, busy
 
 LANES = ("upload", "compute", "write-back")
 _COLOURS = ("#0072b2", "#e69f00", "#009e73")
 _STEPS = 2
-
-
-class Event(NamedTuple):
-    """Something that the device did: its lane, and milliseconds.
-
-    >>> Event("upload", 1.0, 0.5).start
-    1.0
-    """
-
-    lane: str
-    start: float
-    duration: float
-
-
-class Window(NamedTuple):
-    """A stretch of time, in milliseconds.
-
-    >>> Window(1.0, 3.0).end
-    3.0
-    """
-
-    start: float
-    end: float
 
 
 def lane_of(name: str) -> str:
@@ -77,20 +55,6 @@ def middle(happened: Sequence[Event], length: float, steps: int = _STEPS) -> Win
     step = end / steps
     half = min(length, step) / 2
     return Window(end - step / 2 - half, end - step / 2 + half)
-
-
-def busy(happened: Iterable[Event], lane: str, window: Window) -> float:
-    """The share of a window in which a lane does something; what overlaps within the lane counts once.
-
-    >>> busy([Event("upload", 0.0, 2.0), Event("upload", 1.0, 2.0), Event("compute", 0.0, 4.0)], "upload", Window(0, 4))
-    0.75
-    """
-    total, reached = 0.0, window.start
-    for event in sorted(event for event in happened if event.lane == lane):
-        end = min(event.start + event.duration, window.end)
-        total += max(0.0, end - max(event.start, reached))
-        reached = max(reached, end)
-    return total / (window.end - window.start)
 
 
 def draw(happened: Sequence[Event], window: Window, heading: str, file: Any) -> None:
