@@ -196,6 +196,7 @@ class Learner:
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
+@jax.named_scope("update")
 def _moved(
     optimizer: optax.GradientTransformation, old: FirstOrder, gradient: Params, counts: jax.Array, skipped: jax.Array
 ) -> FirstOrder:

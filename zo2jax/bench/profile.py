@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from textwrap import wrap
 from typing import Any, NamedTuple
 
 import jax
@@ -32,10 +33,19 @@ from zo2jax.tasks.prepare import Prepared
 from zo2jax.train import open_elsewhere
 
 LANES = ("upload", "write-back", "link", "disk", "compute")
-"""What works at the same time; link is upload and write-back together."""
+"""What works at the same time; link is upload and write-back together, where there is much of both."""
+
+_BOTH = 0.05
+"""What the smaller one of the two is of the larger one then, at least."""
 
 _LARGEST = 10
 """Operations of each part that the numbers name."""
+
+_ENVIRONMENT = NO_PREALLOCATION | {"JAX_COMPILATION_CACHE_INCLUDE_METADATA_IN_KEY": "true"}
+"""A program of the cache that was traced elsewhere has other scopes."""
+
+_DONE = PARTS[: PARTS.index("wait")]
+"""Parts that have operations."""
 
 
 class _Steps(NamedTuple):
@@ -88,8 +98,8 @@ def traced(target: str, overrides: Sequence[str], steps: int, folder: str | None
     ceilings = {"upload": rates.up, "write-back": rates.down, "link": rates.both, "compute": rates.products}
     if found["lanes"]["disk"]["busy_ms"]:
         ceilings["disk"] = measure_disk()
-    for lane, ceiling in ceilings.items():
-        found["lanes"][lane]["ceiling_s"] = ceiling
+    for lane, figures in found["lanes"].items():
+        figures["ceiling_s"] = ceilings.get(lane)
     return machine() | {"target": target, "overrides": list(overrides)} | found
 
 
@@ -120,6 +130,8 @@ def _measured(run: Run, data: Prepared, config: Config, steps: _Steps, folder: P
     amounts["compute"] = None if None in operations_of else _average(operations_of, steps.weights)
     for lane, amount in amounts.items():
         found["lanes"][lane]["amount"] = amount
+    if min(up, down) < _BOTH * max(up, down):
+        del found["lanes"]["link"]
     tiers = list(stream.tiers.values())
     return found | {
         "data": data.summary,
@@ -164,7 +176,7 @@ def summary(happened: Sequence[Operation], weights: Sequence[float]) -> dict[str
     work = [operation for operation in happened if operation.part != STEP]
     found: dict[str, Any] = {"ms": 0.0, "parts_ms": dict.fromkeys(PARTS, 0.0)}
     lanes: dict[str, dict[str, Any]] = {lane: {"busy_ms": 0.0, "amount": 0.0} for lane in LANES}
-    largest: dict[str, dict[tuple[str, str], list[float]]] = {part: defaultdict(lambda: [0.0, 0.0]) for part in PARTS}
+    largest: dict[str, dict[tuple[str, str], list[float]]] = {part: defaultdict(lambda: [0.0, 0.0]) for part in _DONE}
     for window, weight in zip(windows, weights, strict=True):
         length = window.end - window.start
         here = [o for o in work if o.start < window.end and o.start + o.duration > window.start]
@@ -174,9 +186,9 @@ def summary(happened: Sequence[Operation], weights: Sequence[float]) -> dict[str
             found["parts_ms"][part] += weight * ms
         for lane in LANES:
             lanes[lane]["busy_ms"] += weight * length * busy(_in_lane(events, lane), lane, window)
-        for operation in here:
-            if operation.start >= window.start and operation.part in largest:
-                figures = largest[operation.part][operation.name, operation.scope]
+        for operation, event in zip(here, events, strict=True):
+            if event.start >= window.start and event.lane in largest:
+                figures = largest[event.lane][operation.name, operation.scope]
                 figures[0] += weight * operation.duration
                 figures[1] += weight
         lanes["disk"]["amount"] += weight * sum(o.nbytes for o in here if o.part.startswith("disk"))
@@ -192,7 +204,7 @@ def _in_lane(events: Iterable[Event], lane: str) -> list[Event]:
 
 def _largest(of_part: Mapping[tuple[str, str], Sequence[float]]) -> list[dict[str, Any]]:
     most = sorted(of_part.items(), key=lambda item: -item[1][0])[:_LARGEST]
-    return [{"name": name, "scope": scope, "ms": ms, "count": count} for (name, scope), (ms, count) in most]
+    return [{"name": name, "scope": scope, "ms": ms, "count": round(count, 2)} for (name, scope), (ms, count) in most]
 
 
 def profile(
@@ -233,7 +245,7 @@ def profile(
     if folder is not None and (folder.is_file() or not folder.parent.is_dir()):
         raise ValueError(f"trace is {trace}: expected a folder, or a name for one in a folder that is there")
     asked = target, list(overrides), steps, None if folder is None else str(folder)
-    found: dict[str, Any] = measured("profile", traced, *asked, env=NO_PREALLOCATION)
+    found: dict[str, Any] = measured("profile", traced, *asked, env=_ENVIRONMENT)
     console = Console()
     console.print(_title(found), highlight=False)
     console.print(parts_table(found), lanes_table(found))
@@ -307,7 +319,8 @@ def _scaled(amount: float, unit: str) -> str:
     """
     base, prefixes = (1024, ("", "Ki", "Mi", "Gi", "Ti")) if unit == "B" else (1000, ("", "k", "M", "G", "T", "P"))
     power = max((p for p in range(len(prefixes)) if amount >= base**p), default=0)
-    return f"{amount / base**power:.3g} {prefixes[power]}{unit}"
+    value = amount / base**power
+    return f"{value:{'.0f' if value >= 1000 else '.3g'}} {prefixes[power]}{unit}"
 
 
 _COLOURS = {"forward": "#e69f00", "perturb": "#d55e00", "update": "#cc79a7", "upload": "#0072b2", "link": "#0072b2"}
@@ -331,7 +344,7 @@ def draw(found: Mapping[str, Any], file: Any) -> None:
         if share > 0.04:
             above.text(left + ms / 2, 0, f"{ms:.3g} ms\n{share:.0%}", ha="center", va="center", fontsize="small")
         left += ms
-    above.set(xlim=(0, found["ms"]), xlabel="ms", yticks=[], title=_title(found))
+    above.set(xlim=(0, found["ms"]), xlabel="ms", yticks=[], title="\n".join(wrap(_title(found), 110)))
     above.title.set_fontsize("medium")
     above.legend(loc="upper left", bbox_to_anchor=(1.0, 1.05), fontsize="small", frameon=False)
     for y, (lane, figures) in enumerate(lanes.items()):
@@ -339,9 +352,9 @@ def draw(found: Mapping[str, Any], file: Any) -> None:
         share = ratio(rate, ceiling)
         below.barh(y, 100 * figures["busy_ms"] / found["ms"], color=_COLOURS[lane], alpha=0.4)
         below.barh(y, 100 * (share or 0.0), height=0.4, color=_COLOURS[lane])
-        said = f" {figures['busy_ms'] / found['ms']:.0%} busy" + ("" if share is None else f", {share:.0%} of its rate")
+        said = f"{figures['busy_ms'] / found['ms']:.0%} busy" + ("" if share is None else f", floor {share:.0%}")
         below.text(101, y, said, va="center", fontsize="small", clip_on=False)
     below.set_yticks(range(len(lanes)), list(lanes))
     below.invert_yaxis()
-    below.set(xlim=(0, 100), xlabel="% of the step: busy (light), and what it would take at the measured rate (dark)")
+    below.set(xlim=(0, 100), xlabel="% of the step: busy (light); floor: what it takes at the measured rate (dark)")
     figure.savefig(file, dpi=150)
