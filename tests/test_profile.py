@@ -275,7 +275,7 @@ def text(tmp_path_factory):
 
 
 @pytest.mark.usefixtures("quick_compilation")
-def test_a_dense_run_perturbs_updates_and_moves_its_blocks(text, tmp_path):
+def test_a_dense_run_perturbs_updates_and_moves_its_blocks(text):
     found = traced("stories260k_shakespeare", [*text, "tier=host"], 2, None)
     assert min(found["parts_ms"][part] for part in (*COMPUTE, "upload", "write-back", "Python")) > 0
     assert found["parts_ms"]["disk"] == 0
@@ -288,7 +288,6 @@ def test_a_dense_run_perturbs_updates_and_moves_its_blocks(text, tmp_path):
     assert all(lanes[lane]["ceiling_s"] > 0 for lane in ("upload", "write-back", "link", "compute"))
     scopes = {part: [o["scope"] for o in found["operations"][part]] for part in COMPUTE}
     assert all(part_of(scope) == part for part in COMPUTE for scope in scopes[part])
-    assert any("dot_general" in scope for scope in scopes["forward"])
     assert found["blocks"] == {"device": 2, "host": 10} and found["trace"] is None
 
 
@@ -324,7 +323,7 @@ def test_bad_input_is_refused_before_anything_runs(tmp_path, monkeypatch, capsys
         assert said in capsys.readouterr().err
 
 
-def test_what_the_run_refuses_is_said(tmp_path):
+def test_what_the_run_refuses_is_said():
     with pytest.raises(RuntimeError, match=r"measurement of 'profile' failed: .*no/such/model"):
         profile("stories260k_shakespeare", ["model=no/such/model", "data=x"])
 

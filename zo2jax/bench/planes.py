@@ -7,6 +7,7 @@ tsl/profiler/protobuf/xplane.proto and HloProto in xla/service/hlo.proto).
 """
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,14 +87,16 @@ def operations(file: Path) -> list[Operation]:
         ValueError: if nothing ran.
     """
     data = file.read_bytes()
-    programs = _programs(_Bytes(data))
-    planes = list(jax.profiler.ProfileData.from_serialized_xspace(data).planes)
+    programs, space = _programs(_Bytes(data)), jax.profiler.ProfileData.from_serialized_xspace(data)
+    planes = list(space.planes)
     hosts = [event for plane in planes if plane.name == "/host:CPU" for line in plane.lines for event in line.events]
-    found = [_operation(event, dict(event.stats), programs) for event in on_streams(planes)]
-    found = found or _on_cpu(hosts, programs)
+    with warnings.catch_warnings():  # of a binding's own type; as an error it would end the process
+        warnings.filterwarnings("ignore", "builtin type event_stats has no __module__", DeprecationWarning)
+        found = [_operation(event, dict(event.stats), programs) for event in on_streams(planes)]
+        found = found or _on_cpu(hosts, programs)
+        marks = [_mark(event) for event in hosts if event.name in MARKS or event.name == STEP]
     if not found:
         raise ValueError(f"the trace {file} shows nothing that ran on a device")
-    marks = [_mark(event) for event in hosts if event.name in MARKS or event.name == STEP]
     return sorted(found + marks, key=lambda operation: operation.start)
 
 
