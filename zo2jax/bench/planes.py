@@ -21,7 +21,7 @@ _SCOPE = re.compile(r"(?<!jit\()\b(?:perturb|update)\b")
 """Scopes that say which part of a step an operation belongs to, of several the innermost; the others are forward."""
 
 _Bytes = memoryview
-_Programs = Mapping[tuple[Any, str], str]
+_Programs = Mapping[tuple[str, str], str]
 
 
 class Operation(NamedTuple):
@@ -103,9 +103,8 @@ def operations(file: Path) -> list[Operation]:
 def _operation(event: Any, stats: Mapping[str, Any], programs: _Programs, end: float | None = None) -> Operation:
     op = str(stats.get("hlo_op", ""))
     scope = ""
-    for key in ((stats.get("program_id"), op), (stats.get("hlo_module"), op), (None, event.name)):
-        if scope := scope or programs.get(key, ""):
-            break
+    for program, name in ((stats.get("program_id"), op), (stats.get("hlo_module"), op), ("", event.name)):
+        scope = scope or programs.get((str(program), name), "")
     scope = scope or str(stats.get("tf_op", ""))
     part = copy_of(event.name) or part_of(scope)
     duration = event.duration_ns if end is None else end - event.start_ns
@@ -132,21 +131,21 @@ def _mark(event: Any) -> Operation:
     return Operation(event.name, event.start_ns / 1e6, event.duration_ns / 1e6, event.name, "", int(nbytes))
 
 
-def _programs(space: _Bytes) -> dict[tuple[Any, str], str]:
+def _programs(space: _Bytes) -> dict[tuple[str, str], str]:
     """Where the instructions of all programs were traced, by (program's number, name), and by (program's name, name).
 
-    And by (None, the name of the kernel) where that is the instruction's: those of different scopes are left out.
+    And by ("", the name of the kernel) where that is the instruction's: those of different scopes are left out.
     """
-    found: dict[tuple[Any, str], str] = {}
+    found: dict[tuple[str, str], str] = {}
     kernels: dict[str, set[str]] = {}
     for number, proto in _hlo_protos(space):
         for module in _those(proto, 1):
             name = _text(module, 1)
             for instruction, scope in _scopes(module).items():
-                found[number, instruction] = scope
+                found[str(number), instruction] = scope
                 found.setdefault((name, instruction), scope)
                 kernels.setdefault(re.sub(r"\W", "_", instruction), set()).add(scope)
-    same = {(None, kernel): min(scopes) for kernel, scopes in kernels.items() if len(set(map(part_of, scopes))) == 1}
+    same = {("", kernel): min(scopes) for kernel, scopes in kernels.items() if len(set(map(part_of, scopes))) == 1}
     return found | same
 
 

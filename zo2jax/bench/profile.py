@@ -13,6 +13,7 @@ from textwrap import wrap
 from typing import Any, NamedTuple
 
 import jax
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -115,7 +116,7 @@ def _measured(run: Run, data: Prepared, config: Config, steps: _Steps, folder: P
     stream.wait()
     moved: list[tuple[int, int]] = []
     options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0  # its own time would be most of a small step
+    options.python_tracer_level = 0  # it notes each call, which takes time of the step
     with jax.profiler.trace(folder, create_perfetto_trace=keep, profiler_options=options):
         for i, batch in enumerate(batches):
             before = stream.bytes_up, stream.bytes_down
@@ -248,6 +249,7 @@ def profile(
     found: dict[str, Any] = measured("profile", traced, *asked, env=_ENVIRONMENT)
     console = Console()
     console.print(_title(found), highlight=False)
+    console.print(f"{found['ms']:.1f} ms a step in a trace of {found['steps']}, {found['untraced_ms']:.1f} without it")
     console.print(parts_table(found), lanes_table(found))
     if found["trace"] is not None:
         console.print(
@@ -273,8 +275,7 @@ def _title(found: Mapping[str, Any]) -> str:
 
 def parts_table(found: Mapping[str, Any]) -> Table:
     """A line for each part of a step, in milliseconds and its share."""
-    steps = f"a step, {found['ms']:.1f} ms in a trace of {found['steps']}; without it {found['untraced_ms']:.1f} ms"
-    table = Table(title=steps)
+    table = Table(box=SIMPLE, pad_edge=False, collapse_padding=True)
     for column in ("part", "ms", "%"):
         table.add_column(column, justify="left" if column == "part" else "right")
     for part, ms in found["parts_ms"].items():
@@ -291,9 +292,9 @@ def lanes_table(found: Mapping[str, Any]) -> Table:
 
     The floor is the time that a step's bytes or operations take at the measured rate.
     """
-    table = Table(title="what goes on at the same time")
-    for column in ("lane", "busy, ms", "busy, %", "a step", "while busy", "% of rate", "floor, %"):
-        table.add_column(column, justify="left" if column == "lane" else "right")
+    table = Table(box=SIMPLE, pad_edge=False, collapse_padding=True)
+    for column in ("at once", "busy, ms", "busy, %", "a step", "while busy", "% of rate", "floor, %"):
+        table.add_column(column, justify="left" if column == "at once" else "right", no_wrap=True)
     for lane, figures in found["lanes"].items():
         if figures["busy_ms"]:
             share = number(100 * figures["busy_ms"] / found["ms"], 1)
