@@ -32,7 +32,8 @@ _UNITS = {"": 1} | {
 _LIBRARIES = 64 * 2**20
 """Workspaces of cuBLAS, on a GPU: 32 MiB for each product that is under way or next (XLA's buffer assignment)."""
 _AHEAD = 4
-"""Carries that are there besides where blocks stay, and the host issues visits ahead: fitted to one peak (H200)."""
+"""Carries that are there besides where the host issues visits ahead, of blocks that stay and of parts of a step: fitted
+to one peak of blocks that stay (H200)."""
 
 
 @dataclass(frozen=True)
@@ -358,10 +359,11 @@ class _Work:
         """What a step takes if these blocks stay on the device, with those that own shared leaves or have no pages."""
         pairs = zip(stays, self.sizes.items(), strict=True)
         here = [stay or not size or name in self.owners for stay, (name, size) in pairs]
-        ahead = min(_AHEAD, _longest_run(here)) * max(n.carry for n in self.needs)
         streamed = [size for size, stay in zip(self.sizes.values(), here, strict=True) if not stay]
         chunk, members = min(self.chunk or self.at_once, self.at_once), self.members * self.batches
         waiting = (members - chunk) * max(n.carry for n in self.needs)
+        parts = -(-self.members // chunk) * self.batches
+        ahead = min(_AHEAD, max(parts * _longest_run(here), parts - 1)) * max(n.carry for n in self.needs)
         return Budget(
             resident=sum(self.sizes.values()) - sum(streamed) + self.vectors,
             window=room(streamed, self.prefetch),
@@ -372,7 +374,7 @@ class _Work:
             sizes=self.sizes,
             stays=frozenset(name for stay, name in zip(here, self.sizes, strict=True) if stay),
             members=members,
-            parts=-(-self.members // chunk) * self.batches,
+            parts=parts,
             operations=members * sum(n.operations for n in self.needs),
             read_only=self.read_only,
         )
