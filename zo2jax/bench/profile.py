@@ -118,6 +118,8 @@ def _measured(run: Run, data: Prepared, config: Config, steps: _Steps, folder: P
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # it notes each call, which takes time of the step
     with jax.profiler.trace(folder, create_perfetto_trace=keep, profiler_options=options):
+        for batch in batches[: steps.refresh or 1]:  # under a trace XLA launches kernels in another way
+            timed_step(run, batch)
         for i, batch in enumerate(batches):
             before = stream.bytes_up, stream.bytes_down
             with jax.profiler.StepTraceAnnotation(STEP, step_num=i):
@@ -149,8 +151,8 @@ def _average(values: Sequence[Any], weights: Sequence[float]) -> float:
 
 
 def _operations_of(config: Config, model: Model, data: Prepared, batch: Any) -> float | None:
-    """Floating-point operations of a step's products; None where tokens are generated."""
-    if isinstance(data.loss, Generated):
+    """Floating-point operations of a step's products; None where tokens are generated, or steps differ."""
+    if isinstance(data.loss, Generated) or config.estimator == "svrg":
         return None
     first = batch[0] if isinstance(batch, list) else batch
     budget = config.make_plan(model if data.loss is None else model.with_loss(data.loss), first).budget
