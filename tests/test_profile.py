@@ -320,7 +320,8 @@ def test_a_dense_run_perturbs_updates_and_moves_its_blocks(text):
 
 
 @pytest.mark.usefixtures("quick_compilation")
-def test_a_factored_run_reads_files_and_folds_as_seldom_as_it_does(text):
+def test_a_factored_run_reads_files_and_folds_as_seldom_as_it_does(text, monkeypatch):
+    monkeypatch.setattr(profiling, "_LARGEST", 1000)
     overrides = [*text, "tier=disk", "refresh=20"]
     found = traced("stories260k_shakespeare_factored", overrides, 2, None)
     assert min(found["parts_ms"][part] for part in COMPUTE) > 0
