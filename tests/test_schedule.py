@@ -214,7 +214,7 @@ def test_machines_by_name_and_file(tmp_path):
     assert find(str(tmp_path / "m.json")) == known("a100") == find("a100")
     with pytest.raises(ValueError, match="machine 'h300': expected one of h200, h100, a100, rtx4090, or a file"):
         find("h300")
-    with pytest.raises(ValueError, match="memory of a machine is -1.0, expected 0 or more"):
+    with pytest.raises(ValueError, match=r"memory of a machine is -1\.0: expected 0 or more"):
         Machine(1.0, 1.0, 1.0, 1.0, -1.0)
 
 

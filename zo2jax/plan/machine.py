@@ -56,7 +56,7 @@ class Machine:
         object.__setattr__(self, "int8_products", self.int8_products or self.products)
         object.__setattr__(self, "attention", self.attention or _OF_PRODUCTS * self.products)
         if wrong := [f.name for f in fields(self) if isinstance(x := getattr(self, f.name), float) and not x >= 0]:
-            raise ValueError(f"{wrong[0]} of a machine is {getattr(self, wrong[0])}, expected 0 or more")
+            raise ValueError(f"{wrong[0]} of a machine is {getattr(self, wrong[0])}: expected 0 or more")
 
     @property
     def sizes(self) -> tuple[int, int, int]:
