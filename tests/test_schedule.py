@@ -5,6 +5,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from importlib import import_module
 
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +102,18 @@ def test_populations_of_adapters_that_were_measured(tokens, ms, gib):
     made = plan(bare(SHAPES["llama-7b"]), estimator, tokens=tokens, tier="device", machine=known("h200"))
     assert made.expected(known("h200")) * 1e3 == pytest.approx(ms, rel=0.15)
     assert made.budget.peak / GIB == pytest.approx(gib, rel=0.1)
+
+
+def test_blocks_before_all_that_is_trained_have_one_member_and_nothing_of_theirs_is_written_back():
+    model, machine = bare(SHAPES["opt-1.3b"]), known("h200")
+    last = zo.two_point(1e-3, direction=zo.dense(targets=("layers.1?.*", "layers.2?.*", "head.*")))
+    every, some = (plan(model, estimator, machine=machine) for estimator in (None, last))
+    ratios = [a.products / b.products for a, b in zip(some.budget.works, every.budget.works, strict=True) if b.products]
+    assert ratios == [0.5] * 20 + [1.0] * 29
+    assert some.budget.works[1].draws == 0 < some.budget.works[-1].draws == every.budget.works[-1].draws
+    written = {span.block for span in some.timeline(machine).spans if span.lane == "write-back"}
+    assert written == {f"layers.{i}.{part}" for i in range(10, 24) for part in ("attn", "mlp")} | {"head"}
+    assert some.expected(machine) < every.expected(machine)
 
 
 # --- the programme ----------------------------------------------------------------------------------------------------
@@ -257,8 +270,13 @@ def test_what_cannot_be_planned(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_shape_is_a_model_with_random_tokens(tmp_path):
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_run_of_a_shape_with_a_plan_of_its_own(tmp_path, monkeypatch, capsys):
+    """Random weights and tokens, within a device memory that holds some of the blocks."""
+    machine = replace(known("h200"), backend="cpu")
+    monkeypatch.setattr(import_module("zo2jax.plan.planning"), "this_machine", lambda: machine)
+    least, most = (plan(shaped("shape:tiny"), tokens=8, rows=2, tier=tier).budget.peak for tier in ("host", "device"))
     config = Config(model="shape:tiny", steps=2, batch=2, tokens=8, directory=str(tmp_path / "run"), eval_every=2)
-    assert shaped("shape:tiny").dtype == jnp.bfloat16
-    result = train(config)
+    result = train(replace(config, tier="auto", device_memory=f"{(least + most) // 2}B"))
     assert result.finished and result.first == pytest.approx(math.log(256), rel=0.05)
+    assert re.search(r"[1-5] blocks? on the device, [1-5] blocks? in host memory", capsys.readouterr().out)

@@ -69,6 +69,8 @@ class Demand:
     refresh: int | None
     estimator: Estimator
     int8: bool
+    trained: frozenset[str]
+    """Blocks with a leaf that is trained; those before the first one are the same for all members."""
     largest: int
     """Bytes of the largest block as it is read."""
     batches: int = 1
@@ -99,8 +101,8 @@ class Demand:
         masters = dict.fromkeys(layouts, 0)
         if folds:
             for name, layout in layouts.items():
-                trained = partial(_trained, direction, name)
-                masters[name] = layout.masters(rounding == residual, trained).nbytes
+                trains = partial(_trains, direction, name)
+                masters[name] = layout.masters(rounding == residual, trains).nbytes
         return cls(
             sizes={name: layout.nbytes for name, layout in layouts.items()},
             vectors=vectors,
@@ -115,6 +117,7 @@ class Demand:
             masters=masters,
             refresh=direction.refresh if folds else None,
             estimator=estimator,
+            trained=_trained(model, direction),
             largest=max(layout.nbytes for layout in layouts_of(model.blocks).values()),
             int8=model.format is not None and model.format.compute == "int8",
             batches=batches,
@@ -142,6 +145,7 @@ class Demand:
         parts = -(-self.members // chunk) * self.batches
         ahead = min(_AHEAD, max(parts * _longest_run(here), parts - 1))
         carries = min(1, ahead) * max(n.carry for n in self.needs)
+        first = next((i for i, name in enumerate(self.sizes) if name in self.trained), len(self.sizes))
         return Budget(
             resident=sum(self.sizes.values()) - sum(streamed) + self.vectors,
             window=room(streamed, self.prefetch),
@@ -153,7 +157,10 @@ class Demand:
             stays=frozenset(name for stay, name in zip(here, self.sizes, strict=True) if stay),
             members=members,
             parts=parts,
-            works=tuple(self._work(name, n, chunk, parts) for name, n in zip(self.sizes, self.needs, strict=True)),
+            works=tuple(
+                self._work(name, needs, chunk, parts, i < first)
+                for i, (name, needs) in enumerate(zip(self.sizes, self.needs, strict=True))
+            ),
             read_only=self.read_only,
             masters=self.masters,
             refresh=self.refresh,
@@ -167,17 +174,25 @@ class Demand:
         coded = [matrices for matrices in self.matrices.values() if matrices.codes]
         return 0 if not coded else 1 if self.int8 or coded[-1].nbytes < coded[-1].codes else 2
 
-    def _work(self, name: str, needs: Needs, chunk: int, parts: int) -> Work:
-        """Of a block, for all members; its matrices are read once for each visit, or for each member's own probe."""
+    def _work(self, name: str, needs: Needs, chunk: int, parts: int, first: bool) -> Work:
+        """Of a block, for all members; its matrices are read once for each visit, or for each member's own probe.
+
+        ``first`` says that it comes before all that is trained.
+        """
         weights, nbytes, codes = self.matrices[name]
         members, multiplied = self.members * self.batches, needs.operations > 0
+        moves = name in self.trained
+        if first:
+            members = parts = self.batches
         update, probes = self.estimator.probes.shape[1], sum(len(keys) for keys, _ in self.estimator.chunks(chunk))
         waiting = update * (self.refresh or 0) / 2  # terms since the last fold, on average
         drawn = draws = 0.0
-        if not self.read_only:
+        if not self.read_only and moves:
             drawn = nbytes * (parts + 1 + (members if multiplied else 0))
             draws = weights * (update + (probes * self.batches if multiplied else 0))
-        elif not self.shared and multiplied:  # probes of codes, with all terms since the last fold
+        elif (
+            self.read_only and not self.shared and multiplied and moves
+        ):  # probes of codes, with all terms since the last fold
             drawn = parts * nbytes + members * 2 * weights
             draws = weights * (probes * self.batches + parts * waiting)
         plain = nbytes if not codes else weights * (1 if self.int8 else 2)
@@ -192,12 +207,22 @@ class Demand:
             draws=draws,
             drawn=drawn,
             visits=parts,
+            moves=moves,
             int8=self.int8 and codes > 0,
         )
 
 
-def _trained(direction: Direction, block: str, leaf: str) -> bool:
+def _trains(direction: Direction, block: str, leaf: str) -> bool:
     return direction.trains(f"{block}.{leaf}")
+
+
+def _trained(model: Model, direction: Direction) -> frozenset[str]:
+    """Blocks that are others for each member: with a leaf that is trained, or that share one."""
+    shapes = owned_shapes(model.blocks)
+    own = {n for n, x in shapes.items() if any(direction.trains(f"{n}.{k}", len(v.shape)) for k, v in flat(x).items())}
+    return frozenset(
+        b.name for b in model.blocks if b.name in own or any(block_of(o, shapes) in own for o in b.aliases.values())
+    )
 
 
 def _needs(model: Model, batch: Any) -> list[Needs]:

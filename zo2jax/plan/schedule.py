@@ -44,6 +44,8 @@ class Work:
     drawn: float = 0.0
     """Bytes of that traffic."""
     visits: int = 1
+    moves: bool = True
+    """Whether updates change it, so that it is written back unless pages are only read."""
     int8: bool = False
     """Whether products are those of int8 numbers."""
 
@@ -149,9 +151,10 @@ class _Lanes:
         self._tiers = [tier if work.size else "device" for work, tier in zip(works, tiers, strict=True)]
         self._streamed = [i for i, tier in enumerate(self._tiers) if tier != "device"]
         self._read_only, self._prefetch, self._overlap = read_only, prefetch, overlap
-        self._up = machine.up if read_only else machine.both / 2
+        both = any(map(self._changes, (works[i] for i in self._streamed)))
+        self._up = machine.both / 2 if both else machine.up
         self._down = machine.both / 2
-        self._read = machine.disk_read if read_only else machine.disk
+        self._read = machine.disk if both else machine.disk_read
         self._seconds = [work.seconds(machine) for work in works]
         self._host = self._compute = self._uploaded = self._downloaded = self._files = 0.0
         self._arrived: dict[int, float] = {}  # by number in the order of uploads, over all steps
@@ -176,11 +179,14 @@ class _Lanes:
             self._computed.append(self._compute)
             self.spans.append(Span("compute", work.name, start, self._compute))
             if streamed:
-                self._left.append(self._compute if self._read_only else self._write_back(work, self._tiers[i]))
+                self._left.append(self._write_back(work, self._tiers[i]) if self._changes(work) else self._compute)
                 self._host = self._host if self._overlap else max(self._host, self._left[-1])
                 number += 1
         self._host = max(self._host, self._compute)  # which waits for the losses
         return self._compute
+
+    def _changes(self, work: Work) -> bool:
+        return work.moves and not self._read_only
 
     def _upload(self, number: int) -> None:
         i = self._streamed[number % len(self._streamed)]
