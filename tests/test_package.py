@@ -23,7 +23,7 @@ LAYERS = [
     {"mezo"},
     {"models"},
     {"pages", "metrics"},
-    {"header", "journal"},
+    {"header", "journal", "shapes"},
     {"probes", "pending", "factored", "link", "files", "stores", "plan"},
     {"visits", "folding"},
     {"masters", "tail"},
@@ -32,7 +32,7 @@ LAYERS = [
     {"first_order"},
     {"checkpoint", "kept", "weights", "directory", "restored", "saver", "run", "replay"},
     {"tasks", "config", "config_files"},
-    {"train", "trained", "quantize"},
+    {"train", "trained", "quantize", "planner"},
     {"demo", "bench"},
     {"cli"},
 ]

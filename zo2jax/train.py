@@ -214,7 +214,7 @@ def _placed(config: Config, model: Model, data: Prepared) -> Iterator[Model]:
     directory = Path(config.directory).expanduser()
     with contextlib.ExitStack() as stack:
         pages = None
-        if config.tier == "disk":
+        if "disk" in plan.tiers.values():
             beside = directory if directory.is_dir() else None
             pages = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pages-", dir=beside)))
         how = config.make_estimator().direction, config.make_rounding()

@@ -27,7 +27,7 @@ from zo2jax.config_files import load_config
 from zo2jax.marks import STEP
 from zo2jax.models.model import Model
 from zo2jax.objectives import Generated
-from zo2jax.plan.machine import measure_disk, measure_machine
+from zo2jax.plan.measure import this_machine
 from zo2jax.run import Run
 from zo2jax.stream import Stream
 from zo2jax.tasks.prepare import Prepared
@@ -95,12 +95,13 @@ def traced(target: str, overrides: Sequence[str], steps: int, folder: str | None
         run, data = open_elsewhere(config, directory)
         with run:
             found = _measured(run, data, config, chosen, Path(folder or scratch), keep=folder is not None)
-    rates = measure_machine()
-    ceilings = {"upload": rates.up, "write-back": rates.down, "link": rates.both, "compute": rates.products}
-    if found["lanes"]["disk"]["busy_ms"]:
-        ceilings["disk"] = measure_disk()
+    del run  # which holds what is on the device
+    rates = this_machine()
+    ceilings = {"upload": rates.up, "write-back": rates.down, "link": rates.both}
+    ceilings["disk"] = rates.disk if "link" in found["lanes"] else rates.disk_read
+    ceilings["compute"] = rates.int8_products if config.compute == "int8" else rates.products
     for lane, figures in found["lanes"].items():
-        figures["ceiling_s"] = ceilings.get(lane)
+        figures["ceiling_s"] = ceilings[lane] if ceilings[lane] < float("inf") else None
     return machine() | {"target": target, "overrides": list(overrides)} | found
 
 
@@ -155,7 +156,8 @@ def _operations_of(config: Config, model: Model, data: Prepared, batch: Any) -> 
     if isinstance(data.loss, Generated) or config.estimator == "svrg":
         return None
     first = batch[0] if isinstance(batch, list) else batch
-    budget = config.make_plan(model if data.loss is None else model.with_loss(data.loss), first).budget
+    resident = replace(config, tier="device", device_memory="")  # where blocks are changes nothing of it
+    budget = resident.make_plan(model if data.loss is None else model.with_loss(data.loss), first).budget
     return None if budget is None else budget.operations
 
 
