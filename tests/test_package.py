@@ -31,6 +31,7 @@ LAYERS = [
     {"stream", "objectives", "adapters"},
     {"first_order"},
     {"checkpoint", "kept", "weights", "directory", "restored", "saver", "run", "replay"},
+    {"monitor"},
     {"tasks", "config", "config_files"},
     {"train", "trained", "quantize"},
     {"demo", "bench"},

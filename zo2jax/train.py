@@ -6,7 +6,6 @@ import math
 import signal
 import tempfile
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -16,7 +15,7 @@ from typing import Any
 import jax
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from zo2jax.config import Config, ConfigError
 from zo2jax.config_files import load_config
@@ -24,10 +23,12 @@ from zo2jax.metrics import read_metrics, write_atomically
 from zo2jax.models.blocks import forward
 from zo2jax.models.hub import load
 from zo2jax.models.model import Model
+from zo2jax.monitor import Monitor
 from zo2jax.objectives import Generated, mean_loss
 from zo2jax.plan import Plan
+from zo2jax.plan.machine import measure_machine
 from zo2jax.replay import read_journal
-from zo2jax.run import Run, StepInfo
+from zo2jax.run import Run
 from zo2jax.stream import Stream
 from zo2jax.tasks.encoding import TaskBatches, TaskHeldOut
 from zo2jax.tasks.prepare import InParts, Prepared, prepare
@@ -72,6 +73,7 @@ def train(config: Config, console: Console | None = None) -> Result:
     )
     if plan.tiers:
         console.print(plan.summary, highlight=False)
+        measure_machine()  # while there is room for it: the monitor compares steps with what the plan expects
     run = _open_run(config, model, data, plan)
     del model  # the run holds its own copy
     if run.in_files:
@@ -83,13 +85,13 @@ def train(config: Config, console: Console | None = None) -> Result:
             console.print(f"going on after step {run.steps_done} in {run.directory}")
             _check(run, config, data, console)  # the run may have been killed before it did
         patient = False
-        with _Display(console, config, run.steps_done) as display:
+        with Monitor(run, config.steps, console=console) as monitor:
             try:
                 for batch in run.remaining(data.batches):
                     if patient := _waited(run.held_out, config.patience):
                         break
                     info = run.step(batch)
-                    display.show(info)
+                    monitor.show(info)
                     _check(run, config, data, console)
                     if interrupted.is_set():
                         break
@@ -309,40 +311,3 @@ def _interruptible() -> Iterator[threading.Event]:
         yield event
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-class _Display:
-    """The progress bar: loss, projected gradient, tokens/s and time left, read five times a second at most."""
-
-    def __init__(self, console: Console, config: Config, done: int):
-        self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task: TaskID = self._progress.add_task("train", total=config.steps, completed=done, numbers="")
-        self._total, self._tokens = config.steps, 0
-        self._shown = time.monotonic()
-
-    def __enter__(self) -> "_Display":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def show(self, info: StepInfo) -> None:
-        """Shows a step, unless another was shown less than 0.2 s ago."""
-        elapsed = time.monotonic() - self._shown
-        self._tokens += info.tokens
-        if self._progress.disable or (elapsed < 0.2 and info.step < self._total):
-            return
-        g = math.sqrt(float((info.projected_gradient**2).sum()))
-        rate, self._tokens = self._tokens / elapsed, 0
-        numbers = f"loss {float(info.loss):.3f}  |g| {g:8.3g}  {rate:,.0f} tokens/s"
-        self._progress.update(self._task, completed=info.step, numbers=numbers)
-        self._shown = time.monotonic()
