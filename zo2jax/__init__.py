@@ -53,6 +53,8 @@ from zo2jax.replay import replay as replay
 from zo2jax.run import NonFiniteLoss as NonFiniteLoss
 from zo2jax.run import Run as Run
 from zo2jax.run import StepInfo as StepInfo
+from zo2jax.sensitivity import Sensitivity as Sensitivity
+from zo2jax.sensitivity import sensitivity as sensitivity
 from zo2jax.tasks.task import Task as Task
 from zo2jax.updates import Rounding as Rounding
 from zo2jax.updates import Update as Update

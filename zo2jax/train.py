@@ -29,6 +29,7 @@ from zo2jax.plan import Plan
 from zo2jax.plan.machine import measure_machine
 from zo2jax.replay import read_journal
 from zo2jax.run import Run
+from zo2jax.selected import keep, select
 from zo2jax.stream import Stream
 from zo2jax.tasks.encoding import TaskBatches, TaskHeldOut
 from zo2jax.tasks.prepare import InParts, Prepared, prepare
@@ -74,7 +75,11 @@ def train(config: Config, console: Console | None = None) -> Result:
     if plan.tiers:
         console.print(plan.summary, highlight=False)
         measure_machine()  # while there is room for it: the monitor compares steps with what the plan expects
-    run = _open_run(config, model, data, plan)
+    asked, (config, measured) = config, select(config, model, data, plan)
+    run = _open_run(config, model, data, plan, asked)
+    if measured is not None:
+        console.print(str(measured), highlight=False)
+        keep(measured, run.directory)
     del model  # the run holds its own copy
     if run.in_files:
         console.print(f"{len(run.in_files)} of the blocks on the disk are read from the model's own files")
@@ -151,8 +156,8 @@ def _largest(batches: Any) -> Any:
     return batches.encoded.batch([longest], batches.batch)
 
 
-def _open_run(config: Config, model: Model, data: Prepared, plan: Plan) -> Run:
-    """The run that a config describes."""
+def _open_run(config: Config, model: Model, data: Prepared, plan: Plan, asked: Config) -> Run:
+    """The run that a config describes, made of the one that was asked for."""
     return Run(
         model,
         config.make_estimator(),
@@ -162,8 +167,8 @@ def _open_run(config: Config, model: Model, data: Prepared, plan: Plan) -> Run:
         plan=plan,
         rounding=config.make_rounding(),
         loss=data.loss,
-        config=config.as_json(),
-        may_grow=config.may_grow(),
+        config=asked.as_json(),
+        may_grow=asked.may_grow(),
         max_skipped=config.max_skipped,
         tensorboard=config.tensorboard,
         sync_every=config.sync_every,
