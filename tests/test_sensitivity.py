@@ -49,22 +49,23 @@ def squares(model, batch, direction=zo.normal):
 
 @pytest.mark.parametrize(("family", "tied"), [("llama", True), pytest.param("opt", False, marks=SLOW)])
 def test_estimates_are_squared_norms_of_gradients(family, tied):
-    model, batch = model_of(family, tied, 1), BATCHES[0]
-    found = sensitivity(model, [batch], key=jax.random.key(0), directions=120, eps=1e-3)
+    model, batch = model_of(family, tied), BATCHES[0]
+    found = sensitivity(model, [batch], key=jax.random.key(0), directions=250, eps=1e-3)
     exact = squares(model, batch)
     assert [block.name for block in found.blocks] == [block.name for block in model.blocks]
     for block in found.blocks:
         assert abs(block.square - exact[block.name]) < 4 * block.error, block
-        assert 0.08 < block.error / exact[block.name] < 0.3  # sqrt(2 / 120) is 0.13, and V adds to it
+        assert 0.06 < block.error / exact[block.name] < 0.2  # sqrt(2 / 250) is 0.09, and V adds to it
         assert block.parameters == sum(x.size for x in jax.tree.leaves(model.params[block.name]))
-    assert max(exact.values()) > 10 * min(exact.values()) and found.draws == 120
-    assert found.choose(blocks=1).chosen == (max(exact, key=exact.get),)
+    assert max(exact.values()) > 2 * min(exact.values()) and found.draws == 250
+    (chosen,) = found.choose(blocks=1).chosen
+    assert exact[chosen] > 0.8 * max(exact.values())
 
 
 CASES = [
-    ("llama", True, "host", None, zo.dense(targets=("*.0.attn.[qv].*", "embed.*", "head.*"))),
+    ("llama", True, "host", None, zo.dense(targets=("layers.*", "embed.*"))),  # by programs of the test above
     ("opt", False, "mixed", zo.int8(), zo.lowrank(2)),
-    pytest.param("llama", True, "device", None, zo.normal, marks=SLOW),
+    pytest.param("llama", True, "device", None, zo.dense(targets=("*.0.attn.[qv].*", "embed.*", "head.*")), marks=SLOW),
     pytest.param("qwen3", True, "disk", None, zo.lora(2, targets=("layers.1.*",)), marks=SLOW),
     pytest.param("opt", True, "disk", zo.int4(group=8), zo.dense(refresh=4), marks=SLOW),
 ]
@@ -74,8 +75,8 @@ CASES = [
 def test_a_draw_is_the_difference_of_two_losses(family, tied, tier, format, direction, tmp_path):
     """With the z of the block alone, where it is shared too, by the plain loss; in any tier and format."""
     model = model_of(family, tied)
-    eps, key, z = 2.0**-7, jax.random.key(3), lowrank(4, None)
-    how = {"plan": PLANS.get(tier), "pages": tmp_path, "eps": eps, "rank": 4, "direction": direction}
+    eps, key, z = 2.0**-7, jax.random.key(3), lowrank(8, None)
+    how = {"plan": PLANS.get(tier), "pages": tmp_path, "eps": eps, "direction": direction}
     found = sensitivity(model.with_format(format), [BATCHES, BATCHES[1]], key=key, **how)
     params = model.params
     if format is not None:
@@ -153,21 +154,25 @@ def test_what_cannot_be_measured():
             sensitivity(model, given, key=jax.random.key(0), **how)
 
 
-@pytest.fixture(scope="module")
-def folder(byte_tokenizer, tmp_path_factory):
-    """Two layers."""
-    config = zo.models.llama.LlamaConfig(
-        vocabulary=256, size=16, hidden=24, layers=2, heads=2, kv_heads=1, head_size=8, context=64, tied=True
-    )
-    made = zo.models.model.replace(config.init(jax.random.key(1)), tokenizer=byte_tokenizer)
-    return zo.models.hub.export(made, tmp_path_factory.mktemp("models") / "two")
-
-
 @pytest.fixture
-def arguments(folder, text_file, tmp_path):
+def arguments(tiny_folder, text_file, tmp_path):
     def make(name, *extra):
-        keys = {"model": folder, "data": text_file, "directory": tmp_path / name, "steps": 6, "batch": 4, "tokens": 16}
-        keys |= {"eval_every": 4, "learning_rate": 0.001, "eps": 0.01, "train_blocks": 0.5, "sensitivity_steps": 2}
+        keys = {
+            "model": tiny_folder,
+            "data": text_file,
+            "directory": tmp_path / name,
+            "steps": 6,
+            "batch": 4,
+            "tokens": 16,
+        }
+        keys |= {
+            "tokens": 16,
+            "eval_every": 4,
+            "learning_rate": 0.001,
+            "eps": 0.01,
+            "train_blocks": 0.5,
+            "sensitivity_steps": 2,
+        }
         return ["train", "stories260k_shakespeare", *(f"{k}={v}" for k, v in keys.items()), *extra]
 
     return make
@@ -176,16 +181,16 @@ def arguments(folder, text_file, tmp_path):
 @pytest.mark.parametrize(
     ("direction", "tier", "able"),
     [
-        ("normal", "host", 6),
-        pytest.param("lowrank", "disk", 6, marks=SLOW),
-        pytest.param("lora", "device", 5, marks=SLOW),  # the norm of the head has no adapter
+        ("normal", "host", 4),
+        pytest.param("lowrank", "disk", 4, marks=SLOW),
+        pytest.param("lora", "device", 3, marks=SLOW),  # the norm of the head has no adapter
     ],
 )
 def test_a_run_keeps_what_was_chosen(direction, tier, able, arguments, tmp_path, capsys, monkeypatch):
     """When it goes on, nothing is measured again; its weights are those of the same targets given by hand."""
     how, run = (f"direction={direction}", f"tier={tier}"), tmp_path / "run"
     assert cli.main(arguments("run", *how, "steps=3")) == 0
-    assert f"3 of {able} blocks train" in capsys.readouterr().out
+    assert f"2 of {able} blocks train" in capsys.readouterr().out
     monkeypatch.setattr(zo.selected, "sensitivity", lambda *_, **__: 1 / 0)
     assert cli.main(arguments("run", *how)) == 0
     weights = arrays(trained_model(run)[1].source)

@@ -15,14 +15,14 @@ import numpy as np
 from zo2jax.directions import Direction, check_targets, lowrank, normal, step_keys
 from zo2jax.estimators import Estimator, two_point
 from zo2jax.leaves import is_trained, plain_name
-from zo2jax.models.blocks import Block, block_of, owned_shapes
+from zo2jax.models.blocks import Block, block_of, kinds, owned_shapes
 from zo2jax.models.model import Model
 from zo2jax.pages import flat
 from zo2jax.plan import Plan
 from zo2jax.plan.liveness import needs_of
 from zo2jax.stream import Stream
 from zo2jax.updates import nearest
-from zo2jax.visits import Stage, branch, for_members, plain
+from zo2jax.visits import Stage, branch, for_members, plain, shapes_of
 
 _TOGETHER = 4
 """Blocks whose pairs of members are under way at once: activations of so many carries, twice."""
@@ -344,8 +344,11 @@ def _operations(blocks: Sequence[Block], parts: Sequence[Any]) -> list[float]:
     totals = [0.0] * len(blocks)
     for part in parts:
         carry, shapes = None, jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype), part)
-        for i, block in enumerate(blocks):
-            needs, carry = needs_of(block, carry, shapes)
+        known: dict[Any, Any] = {}
+        for i, (block, kind) in enumerate(zip(blocks, kinds(blocks), strict=True)):
+            if (came := (kind, shapes_of(carry))) not in known:
+                known[came] = needs_of(block, carry, shapes)
+            needs, carry = known[came]
             totals[i] += needs.operations
     return totals
 
