@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from rich.console import Console
 
 from zo2jax.config import Config
 from zo2jax.metrics import write_atomically
@@ -33,10 +34,14 @@ def selected(config: Config) -> Config:
     return _with_targets(config, read_journal(folder).header.direction["targets"])
 
 
-def select(config: Config, model: Model, data: Prepared, plan: Plan) -> tuple[Config, Sensitivity | None]:
+def select(
+    config: Config, model: Model, data: Prepared, plan: Plan, console: Console
+) -> tuple[Config, Sensitivity | None]:
     """(the config with targets, what was measured for them): of a run that has begun those that it has, and None."""
-    if not config.train_blocks or (Path(config.directory).expanduser() / "journal").is_file():
+    folder = Path(config.directory).expanduser()
+    if not config.train_blocks or (folder / "journal").is_file():
         return selected(config), None
+    console.print(f"measuring on which blocks the loss depends, with {config.sensitivity_steps} batches")
     count = len(data.batches)
     batches = [data.batches[i % count] for i in range(config.sensitivity_steps)]
     if data.loss is not None:
@@ -46,10 +51,12 @@ def select(config: Config, model: Model, data: Prepared, plan: Plan) -> tuple[Co
     with ExitStack() as stack:
         pages = None
         if "disk" in plan.tiers.values():
-            pages = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pages-")))
+            beside = next(there for there in (folder, *folder.absolute().parents) if there.is_dir())
+            pages = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pages-", dir=beside)))
         direction = config.make_direction()
         found = sensitivity(model, batches, key=key, eps=config.eps, direction=direction, plan=plan, pages=pages)
     chosen = found.choose(config.train_blocks)
+    console.print(str(chosen), highlight=False)
     return _with_targets(config, chosen.targets or direction.targets), chosen
 
 

@@ -75,10 +75,9 @@ def train(config: Config, console: Console | None = None) -> Result:
     if plan.tiers:
         console.print(plan.summary, highlight=False)
         measure_machine()  # while there is room for it: the monitor compares steps with what the plan expects
-    asked, (config, measured) = config, select(config, model, data, plan)
+    asked, (config, measured) = config, select(config, model, data, plan, console)
     run = _open_run(config, model, data, plan, asked)
     if measured is not None:
-        console.print(str(measured), highlight=False)
         keep(measured, run.directory)
     del model  # the run holds its own copy
     if run.in_files:
