@@ -106,6 +106,12 @@ def test_a_draw_is_the_difference_of_two_losses(family, tied, tier, format, dire
     assert sum(bool(block.leaves) for block in found.blocks) >= 2
 
 
+def test_one_draw_is_known_to_its_own_size():
+    model = model_of("llama", True)
+    (block,) = [b for b in sensitivity(model, BATCHES[:1], key=jax.random.key(0)).blocks if b.name == "embed"]
+    assert block.error == pytest.approx(2**0.5 * block.square)
+
+
 ROWS = [
     ("embed", 8, 0.0, 1.0),
     ("a", 64, 100.0, 4.0),

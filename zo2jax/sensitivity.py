@@ -241,9 +241,10 @@ def sensitivity(
     for name, values in zip(probing.measured, squares.T, strict=True):
         if not np.isfinite(values).all():
             raise ValueError(f"the loss is not finite with probes of block {name}: try a smaller eps than {eps}")
-    draws = len(squares)
-    errors = squares.std(axis=0, ddof=1) / math.sqrt(draws) if draws > 1 else np.full(squares.shape[1], math.inf)
-    both = dict(zip(probing.measured, zip(squares.mean(axis=0).tolist(), errors.tolist(), strict=True), strict=True))
+    draws, means = len(squares), squares.mean(axis=0)
+    deviations = squares.std(axis=0, ddof=1) if draws > 1 else math.sqrt(2) * means  # of one draw, as of normal g
+    errors = (deviations / math.sqrt(draws)).tolist()
+    both = dict(zip(probing.measured, zip(means.tolist(), errors, strict=True), strict=True))
     operations = _operations(model.blocks, given[0])
     rows = [
         BlockSensitivity(block.name, *probing.leaves[block.name], ops, *both.get(block.name, ()))

@@ -74,6 +74,7 @@ def train(config: Config, console: Console | None = None) -> Result:
     )
     if plan.tiers:
         console.print(plan.summary, highlight=False)
+    if any(plan.moved().values()):
         measure_machine()  # while there is room for it: the monitor compares steps with what the plan expects
     asked, (config, measured) = config, select(config, model, data, plan, console)
     run = _open_run(config, model, data, plan, asked)
