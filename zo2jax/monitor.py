@@ -297,10 +297,12 @@ class Monitor:
     def __exit__(self, kind: object, *_: object) -> None:
         """Ends it, with the last step."""
         last, self._last = self._last, None
-        if last is not None and kind is None:
-            self._take(last, math.nan)
-            self._draw()
-        self._live.stop()
+        try:
+            if last is not None and kind is None:
+                self._take(last, math.nan)
+                self._draw()
+        finally:
+            self._live.stop()
 
     def show(self, info: StepInfo) -> None:
         """Takes note of a step, and shows the one before."""
@@ -340,7 +342,8 @@ class Monitor:
         self._run.note(info.step, self.numbers.scalars())
         for text in self._watch.look(self.numbers):
             self.warnings.append(text)
-            self._console.print(f"warning, step {info.step}: {text}", style="yellow", markup=False, highlight=False)
+            line = f"warning, step {info.step}: {text}"
+            self._console.print(line, style="yellow", soft_wrap=True, markup=False, highlight=False)
             self._run.note(info.step, {"warning": text})
 
     def _scale(self, norm: float) -> float:
