@@ -20,6 +20,7 @@ from zo2jax.metrics import read_metrics
 from zo2jax.monitor import Memory, Monitor, Numbers, Watch, expected_seconds
 from zo2jax.plan import Budget, Plan
 from zo2jax.plan.machine import Machine
+from zo2jax.plan.schedule import Work
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 GIB = 2**30
@@ -73,17 +74,27 @@ def test_memory_is_watched():
 
 
 def test_what_a_plan_expects_of_a_step():
-    """The larger of link and compute where they overlap; nothing where the link does not bound it, or it is short."""
-    budget = Budget(0, 0, 0, 0, 0, sizes={"a": 6, "b": 2}, operations=20.0)
-    plan = Plan({"a": "host"}, budget=budget)
-    compute = 20 / 10 + (1 + 1 + 4) * 8 / 100
-    assert expected_seconds(plan, RATES) == pytest.approx(2 * 6 / 2)
-    assert expected_seconds(replace(plan, prefetch=0), RATES) == pytest.approx(6 + compute)
-    assert expected_seconds(Plan({"a": "disk"}, budget=budget), RATES, disk=0.5) == pytest.approx(2 * 6 / 0.5)
-    busy = replace(plan, budget=replace(budget, operations=100.0))
-    assert expected_seconds(busy, RATES) is None
-    assert expected_seconds(plan, replace(RATES, both=1e4, products=1e6, memory=1e6)) is None
-    assert expected_seconds(Plan({"a": "host"}), RATES) is None and expected_seconds(Plan(budget=budget), RATES) is None
+    """What it says itself; nothing where the link does not bound it, or it is short."""
+    works = tuple(Work(name, size, products=2.0) for name, size in (("a", 6), ("b", 6), ("c", 6)))
+    plan = Plan(dict.fromkeys("abc", "host"), budget=Budget(0, 0, 0, 0, 0, sizes=dict.fromkeys("abc", 6), works=works))
+    assert expected_seconds(plan, RATES) == plan.timeline(RATES).seconds >= 18  # each way at a rate of 1
+    files = Plan(dict.fromkeys("abc", "disk"), budget=plan.budget)
+    assert expected_seconds(files, replace(RATES, disk=0.5, disk_read=1.0)) > 2 * 18
+    assert expected_seconds(plan, replace(RATES, products=0.1)) is None
+    assert expected_seconds(plan, replace(RATES, up=1e4, down=1e4, both=1e4, products=1e6, memory=1e6)) is None
+    assert expected_seconds(Plan({"a": "host"}), RATES) is None
+    assert expected_seconds(Plan(budget=plan.budget), RATES) is None
+
+
+def test_a_machine_that_was_measured_before_is_what_a_run_is_compared_with(tmp_path, monkeypatch):
+    works = (Work("a", 6, products=2.0),)
+    plan = Plan({"a": "host"}, budget=Budget(0, 0, 0, 0, 0, sizes={"a": 6}, works=works))
+    file = tmp_path / "machine.json"
+    monkeypatch.setattr(monitor, "cache_file", lambda kind: file)
+    monkeypatch.setattr(monitor, "this_machine", lambda: Machine.read(file))
+    assert monitor._expected(plan) is None
+    RATES.save(file)
+    assert monitor._expected(plan) == plan.timeline(RATES).seconds
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="Linux says how much memory a process has")

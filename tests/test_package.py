@@ -23,7 +23,7 @@ LAYERS = [
     {"mezo"},
     {"models"},
     {"pages", "metrics"},
-    {"header", "journal"},
+    {"header", "journal", "shapes"},
     {"probes", "pending", "factored", "link", "files", "stores", "plan"},
     {"visits", "folding"},
     {"masters", "tail"},
@@ -33,7 +33,7 @@ LAYERS = [
     {"checkpoint", "kept", "weights", "directory", "restored", "saver", "run", "replay"},
     {"monitor"},
     {"tasks", "config", "config_files"},
-    {"train", "trained", "selected", "quantize"},
+    {"train", "trained", "selected", "quantize", "planner"},
     {"demo", "bench"},
     {"cli"},
 ]

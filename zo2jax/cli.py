@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from zo2jax import __version__, demo, formats, train
+from zo2jax import __version__, demo, formats, planner, train
 from zo2jax.bench import commands as bench
 from zo2jax.config_files import load_config
 from zo2jax.models.generation import Choose, greedy, sampling
@@ -72,9 +72,31 @@ def _parser() -> argparse.ArgumentParser:
     sub = commands.add_parser("demo", help="adapt the model that comes with the package; offline, a few minutes")
     add_overrides(sub)
 
+    sub = commands.add_parser(
+        "plan", help="what a config's run will need and take; from its shapes, before anything runs"
+    )
+    sub.add_argument("config", help="a config file, or the name of one that comes with the package")
+    add_overrides(sub)
+    _add_plan(sub)
+
+    sub = commands.add_parser("machine", help="this machine's rates, on which plans rest; measured once and kept")
+    sub.add_argument("--again", action="store_true", help="measure them anew")
+    sub.add_argument("--json", metavar="FILE", help="write them here, for zo2jax plan --machine FILE elsewhere")
+
     sub = commands.add_parser("bench", help="time and peak memory of a step, on random weights of a real model's shape")
     bench.add_arguments(sub)
     return parser
+
+
+def _add_plan(sub: argparse.ArgumentParser) -> None:
+    machines = "rtx4090, a100, h100, h200, or a file of zo2jax machine --json; may be repeated"
+    sub.add_argument("--machine", action="append", default=[], metavar="NAME", help=f"in place of this one: {machines}")
+    sub.add_argument("--device-memory", default="", metavar="SIZE", help="the most that a step may take, such as 24GB")
+    sub.add_argument("--host-memory", default="", metavar="SIZE", help="the most for blocks, buffers and the program")
+    sub.add_argument("--disk-space", default="", metavar="SIZE", help="the most for page files")
+    sub.add_argument("--formats", nargs="+", default=(), choices=("bf16", "int8", "int4"), help="that blocks may have")
+    sub.add_argument("--json", metavar="FILE", help="write all numbers here")
+    sub.add_argument("-o", "--output", metavar="FILE", help="the picture to make: .png, .svg or .pdf")
 
 
 def _add_journals(commands: Any) -> None:
@@ -109,6 +131,15 @@ def _run(arguments: argparse.Namespace) -> int:
     elif arguments.command == "quantize":
         format = formats.named(arguments.format, arguments.group, tuple(arguments.keep))
         print(quantize(load(arguments.model), format, arguments.output, limit=arguments.limit))
+    elif arguments.command == "plan":
+        asked = planner.Asked(
+            tuple(arguments.machine), arguments.device_memory, arguments.host_memory, arguments.disk_space,
+            tuple(arguments.formats),
+        )  # fmt: skip
+        config = load_config(arguments.config, arguments.overrides)
+        planner.show(config, asked, file=arguments.json, picture=arguments.output)
+    elif arguments.command == "machine":
+        planner.machine(again=arguments.again, file=arguments.json)
     elif arguments.command == "bench":
         bench.run(arguments)
     elif arguments.command in ("replay", "apply"):

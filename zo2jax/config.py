@@ -36,7 +36,8 @@ class Config:
     """
 
     model: str = ""
-    """A Hugging Face folder, or a hub id."""
+    """A Hugging Face folder, or a hub id; or ``shape:NAME`` for random weights (`zo2jax.shapes`), and random tokens if
+    there are no ``data``: for plans and measurements."""
     data: str = ""
     """Text: a file, several separated by commas, or a folder of .txt files. With a task: the training examples, or a
     folder of training and evaluation examples (JSON lines, JSON, TSV, CSV, Parquet), or ``hub:PATH[:CONFIG]``; empty
@@ -150,9 +151,9 @@ class Config:
     """Seconds after which a step is on the disk, should the power fail; 0: each at once."""
     replay_within: float = 600.0
     """Seconds in which a run that was killed is back where it was: checkpoints are saved in the background so often."""
-    tier: Literal["device", "host", "disk"] = "device"
-    """Where blocks live that do not stay on the device. It, ``device_memory`` and ``prefetch`` may be others when a run
-    goes on, or is evaluated."""
+    tier: Literal["device", "host", "disk", "auto"] = "device"
+    """Where blocks live that do not stay on the device; "auto" for what `zo2jax plan` finds. It, ``device_memory`` and
+    ``prefetch`` may be others when a run goes on, or is evaluated."""
     device_memory: str = ""
     """The most device memory that training may take, such as 4GiB: as many blocks stay on the device as fit. Empty: all
     blocks go to ``tier``. With tier=device, what does not fit is refused."""
@@ -347,6 +348,7 @@ class Config:
             device_memory=self.device_memory or None,
             probe_batch=self.probe_batch or None,
             prefetch=self.prefetch,
+            rounding=self.make_rounding(),
         )
 
     def make_format(self, of_folder: Format | None) -> Format | None:

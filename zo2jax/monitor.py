@@ -16,7 +16,8 @@ from rich.table import Table
 
 from zo2jax.metrics import memory_peaks, read_metrics
 from zo2jax.plan import Plan
-from zo2jax.plan.machine import Machine, measure_disk, measure_link, measure_machine
+from zo2jax.plan.machine import Machine, cache_file
+from zo2jax.plan.measure import measure_link, this_machine
 from zo2jax.run import Run, StepInfo
 
 _SHOWN_EVERY, _LINE_EVERY, _MEMORY_EVERY = 1.0, 30.0, 1.0  # seconds
@@ -25,7 +26,7 @@ _RECENT = 20
 """Steps of which the median is taken, or that g is 0 in, before anything is said."""
 _SLOWER, _MORE_DEVICE, _SWAPPED = 1.5, 1.1, 64 * 2**20
 _LEAST = 0.05
-"""Seconds: where a step is expected to be shorter, the host's own work counts, of which plans say nothing."""
+"""Seconds: where a step is expected to be shorter, the host's own work counts, which plans know roughly."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ class Watch:
         text = (
             f"a step takes {median:.3g} s (median of the last {_RECENT}), where the plan expects {self._expected:.3g} "
             "s at the rates that were measured: the link, or the disk, is slower now. Look for another process that "
-            "uses them or the host's memory; print(plan) in a new process measures them again"
+            "uses them or the host's memory; `zo2jax machine` measures them again"
         )
         return self._once("slow", median > limit, median < 0.9 * limit, text)
 
@@ -209,28 +210,23 @@ class Watch:
         return self._once("device", used > limit, used < 0.9 * limit, text)
 
 
-def expected_seconds(plan: Plan, machine: Machine, disk: float = math.inf) -> float | None:
-    """Seconds that a step of a plan should take, if blocks are streamed and their transfers take most of it; or None.
+def expected_seconds(plan: Plan, machine: Machine) -> float | None:
+    """Seconds that a step without a fold should take, if blocks are streamed and their transfers bound it; or None.
 
     >>> expected_seconds(Plan(), Machine(1.0, 1.0, 1.5, 10.0, 4.0)) is None
     True
     """
-    seconds = plan.seconds(machine, disk)
-    if not seconds or not any(plan.moved().values()):
+    if plan.budget is None or not any(plan.moved().values()):
         return None
-    together = max if plan.prefetch and plan.overlap else sum
-    whole = together(seconds.values())
-    moving = max(seconds["link"], seconds["disk"])
-    return whole if whole >= _LEAST and moving > seconds["compute"] else None
+    timeline = plan.timeline(machine)
+    return timeline.seconds if timeline.seconds >= _LEAST and timeline.bound in ("link", "files") else None
 
 
 def _expected(plan: Plan) -> float | None:
-    """By rates that this process has measured already; measures nothing."""
-    on_disk = bool(plan.moved()["disk"])
-    known = [measure_machine, measure_disk] if on_disk else [measure_machine]
-    if not all(measured.cache_info().currsize for measured in known):
+    """By rates that were measured before; measures nothing, which takes seconds, and device memory."""
+    if not cache_file(jax.devices()[0].device_kind).is_file():
         return None
-    return expected_seconds(plan, measure_machine(), measure_disk() if on_disk else math.inf)
+    return expected_seconds(plan, this_machine())
 
 
 class Monitor:
@@ -240,10 +236,10 @@ class Monitor:
     the run writes for it, has every tenth step: |g| and its running scale, the learning rate, memory at present, and
     seconds left, beside what the run writes itself (loss, g, tokens/s, bytes and share of the link, peaks of memory).
 
-    Warnings come once, and again if all was fine in between: steps that take 1.5 times what the plan expects while
-    the link bounds them (if the machine was measured in this process, as ``print(plan)`` does); memory of this process
-    that is swapped (on Linux); a projected gradient of exactly 0 in 20 steps in a row; more device memory than 1.1
-    times the plan's peak.
+    Warnings come once, and again if all was fine in between: steps that take 1.5 times what the plan expects, where the
+    link or the disk bounds them (if such a machine was measured before, by ``zo2jax machine`` or for a plan that was
+    printed); memory of this process that is swapped (on Linux); a projected gradient of exactly 0 in 20 steps in a row;
+    more device memory than 1.1 times the plan's peak.
 
     What is shown is the step before the last one, which is done: nothing waits for the device.
 

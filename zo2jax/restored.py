@@ -18,7 +18,7 @@ from zo2jax.models.blocks import Params, Source
 from zo2jax.models.model import Model
 from zo2jax.pages import on_host
 from zo2jax.plan import Plan
-from zo2jax.plan.machine import measure_link
+from zo2jax.plan.measure import measure_link
 from zo2jax.weights import Weights
 
 

@@ -31,7 +31,7 @@ from zo2jax.models.model import Model
 from zo2jax.objectives import Generated, mean_loss, ratio
 from zo2jax.optimizers import Optimizer, as_optimizer
 from zo2jax.plan import Plan
-from zo2jax.plan.machine import measure_link
+from zo2jax.plan.measure import measure_link
 from zo2jax.restored import opened
 from zo2jax.saver import Saver
 from zo2jax.stream import Members

@@ -26,7 +26,6 @@ from zo2jax.models.model import Model
 from zo2jax.monitor import Monitor
 from zo2jax.objectives import Generated, mean_loss
 from zo2jax.plan import Plan
-from zo2jax.plan.machine import measure_machine
 from zo2jax.replay import read_journal
 from zo2jax.run import Run
 from zo2jax.selected import keep, select
@@ -67,16 +66,17 @@ def train(config: Config, console: Console | None = None) -> Result:
     console = console or Console()
     model = load_model(config)
     data = prepare(config, model)
-    plan = _plan(replace(config, probe_batch=_members_at_once(config)), model, data)
+    at_once = _members_at_once(config)
+    plan = _plan(replace(config, probe_batch=at_once), model, data)
     console.print(
         f"{config.model}: {model.parameter_count:,} parameters, {model.dtype}, on {jax.devices()[0].device_kind}; "
         f"{data.summary}"
     )
+    asked, (config, measured) = config, select(config, model, data, plan, console)
+    if asked.train_blocks:  # plans are of what trains
+        plan = _plan(replace(config, probe_batch=at_once), model, data)
     if plan.tiers:
         console.print(plan.summary, highlight=False)
-    if any(plan.moved().values()):
-        measure_machine()  # while there is room for it: the monitor compares steps with what the plan expects
-    asked, (config, measured) = config, select(config, model, data, plan, console)
     run = _open_run(config, model, data, plan, asked)
     if measured is not None:
         keep(measured, run.directory)
@@ -209,7 +209,7 @@ def _placed(config: Config, model: Model, data: Prepared) -> Iterator[Model]:
     directory = Path(config.directory).expanduser()
     with contextlib.ExitStack() as stack:
         pages = None
-        if config.tier == "disk":
+        if "disk" in plan.tiers.values():
             beside = directory if directory.is_dir() else None
             pages = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pages-", dir=beside)))
         how = config.make_estimator().direction, config.make_rounding()

@@ -20,6 +20,7 @@ from zo2jax.models.prefix import prefixed
 from zo2jax.replay import read_journal, replay
 from zo2jax.restored import Restored
 from zo2jax.selected import selected
+from zo2jax.shapes import shaped
 from zo2jax.tasks.prepare import first_tokens
 
 
@@ -74,6 +75,8 @@ def begun(config: Config, model: Model) -> Model:
 
 def _load_base(config: Config) -> Model:
     dtype = config.dtype or None
+    if (random := shaped(config.model, config.dtype)) is not None:
+        return random
     try:
         return load(config.model, dtype=dtype)
     except FileNotFoundError:

@@ -24,7 +24,7 @@ from zo2jax.bench.shapes import SHAPES, Work, random_model
 from zo2jax.bench.throughput import NO_PREALLOCATION, WARM_UPS, timed_step
 from zo2jax.directions import Direction, lora
 from zo2jax.estimators import Estimator, averaged, two_point
-from zo2jax.models.blocks import Kind, Params, kinds, set_leaf, tied_leaves, with_tied
+from zo2jax.models.blocks import Kind, Params, Source, kinds, set_leaf, tied_leaves, with_tied
 from zo2jax.models.layers import product
 from zo2jax.models.model import Model
 from zo2jax.optimizers import sgd
@@ -120,7 +120,8 @@ def measure_population(setting: Population) -> dict[str, Any]:
     (True, True, True)
     """
     model = random_model(setting.model, setting.layers)
-    model = model.replace(dict(model.source))  # made once, not for each run
+    blocks = dict(model.source)  # made once, not for each run
+    model = model.replace(Source({name: partial(blocks.__getitem__, name) for name in blocks}, concurrent=True))
     batch = Work(tokens=setting.tokens, rows=setting.rows).batch(model.config.vocabulary)
     found: dict[str, Any] = machine() | {"setting": asdict(setting), "parameters": model.parameter_count}
     found |= _products(model, setting)
@@ -184,6 +185,7 @@ def _products(model: Model, setting: Population) -> dict[str, float]:
 
 def _repeated(f: Callable[..., Any], *arguments: Any) -> float:
     """Milliseconds of a call, once the device has been at work for so long that its clock is that of a step."""
+    jax.block_until_ready(f(*arguments))  # compiles it
     calls, seconds = 2, 0.0
     while seconds < _SUSTAINED:
         calls *= 2

@@ -18,7 +18,7 @@ import numpy as np
 from zo2jax.files import OnDisk, Pages
 from zo2jax.link import Link
 from zo2jax.pages import Layout
-from zo2jax.plan.machine import randomize
+from zo2jax.plan.measure import randomize
 from zo2jax.stores import result
 
 _TOTAL = 2 * 2**30

@@ -24,7 +24,7 @@ from zo2jax.models.model import Model
 from zo2jax.optimizers import sgd
 from zo2jax.pages import Layout
 from zo2jax.plan import Plan, Tier, plan
-from zo2jax.plan.machine import link_rates
+from zo2jax.plan.measure import link_rates
 from zo2jax.run import Run
 from zo2jax.stream import Stream
 

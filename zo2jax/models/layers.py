@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+
+from zo2jax.models.traced import backend, fused_attention, is_traced
 
 Batch = Mapping[str, jax.Array]
 Cache = dict[str, jax.Array]
@@ -90,7 +92,7 @@ def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
     >>> compute_dtype(jnp.dtype("float32"))
     dtype('float32')
     """
-    return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else jnp.dtype(dtype)
+    return jnp.dtype(jnp.float32) if backend() == "cpu" else jnp.dtype(dtype)
 
 
 class Linear(nnx.Module):
@@ -216,9 +218,9 @@ def cudnn_applies(dtype: jnp.dtype, head_size: int) -> bool:
     >>> cudnn_applies(jnp.float32, 64)
     False
     """
-    if jax.default_backend() != "gpu" or dtype not in (jnp.bfloat16, jnp.float16):
+    if backend() != "gpu" or dtype not in (jnp.bfloat16, jnp.float16):
         return False
-    capability = float(jax.devices()[0].compute_capability)
+    capability = 9.0 if jax.default_backend() != "gpu" else float(jax.devices()[0].compute_capability)
     return capability >= 8.0 and head_size % 8 == 0 and head_size <= (256 if 9.0 <= capability < 10.0 else 128)
 
 
@@ -247,6 +249,8 @@ def attention(
     lengths = lengths if fused else None
     dtype = query.dtype
     key, value = key.astype(dtype), value.astype(dtype)  # of probes in another dtype than what stays beside them
+    if fused and is_traced():
+        return cast(jax.Array, fused_attention.bind(query, key, value))
     if dtype == jnp.float16 and jax.default_backend() == "cpu":  # XLA on the CPU lacks the product that JAX asks for
         query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
     with jax.default_matmul_precision("highest"), jax.numpy_dtype_promotion("standard"):

@@ -15,10 +15,11 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from zo2jax.models.blocks import Block
 from zo2jax.models.layers import Batch
+from zo2jax.models.traced import backend
 
 _VIEWS: tuple[str, ...] = ("broadcast_in_dim", "concatenate", "dynamic_slice", "expand_dims", "iota", "pad")
 _VIEWS += ("optimization_barrier", "reshape", "rev", "slice", "split", "squeeze", "transpose")
-_NEVER_FUSED = ("custom", "cum", "ffi", "io_callback", "pure_callback", "scatter", "sort", "top_k")
+_NEVER_FUSED = ("custom", "cum", "ffi", "fused_attention", "io_callback", "pure_callback", "scatter", "sort", "top_k")
 _FUSES_OPERANDS = ("arg", "gather", "reduce")
 _LOOPS = ("cond", "scan", "while")
 
@@ -39,6 +40,10 @@ class Needs:
     """The largest matrix that one operation multiplies by: what a probe takes while it is used."""
     operations: float = 0.0
     """Floating-point operations of products."""
+    attention: float = 0.0
+    """Those of fused attention, half of whose scores are masked."""
+    traffic: float = 0.0
+    """Bytes that are read and written, of activations."""
 
 
 def needs_of(block: Block, carry: Any, batch: Batch) -> tuple[Needs, Any]:
@@ -62,7 +67,7 @@ def needs_of(block: Block, carry: Any, batch: Batch) -> tuple[Needs, Any]:
     else:  # all of its matrices are made before it is computed
         weight = sum(_nbytes(x) for x in jax.tree.leaves(block.shapes) if len(x.shape) >= 2)
     carried = sum(map(_nbytes, jax.tree.leaves(result)))
-    return Needs(carried, program.peak(), weight, program.operations), result
+    return Needs(carried, program.peak(), weight, program.operations, program.attention, program.traffic), result
 
 
 def in_place() -> bool:
@@ -71,7 +76,7 @@ def in_place() -> bool:
     >>> in_place() == (jax.default_backend() == "gpu")
     True
     """
-    return jax.default_backend() == "gpu"
+    return backend() == "gpu"
 
 
 def _apply(block: Block, leaves: Any, carry: Any, batch: Batch) -> Any:
@@ -102,11 +107,14 @@ class _Program:
     """Bytes that an operation needs while it runs."""
     weight: int = 0
     operations: float = 0.0
+    attention: float = 0.0
+    traffic: float = 0.0
 
     def make(self, nbytes: int) -> _Value:
         """A buffer that is made now."""
         now = len(self.inner) - 1
         self.buffers.append([nbytes, now, now])
+        self.traffic += nbytes
         return _Value(frozenset([len(self.buffers) - 1]), real=True)
 
     def replace(self, value: _Value, nbytes: int) -> _Value:
@@ -119,6 +127,7 @@ class _Program:
         """Keeps what a value is read from until now."""
         for i in value.buffers:
             self.buffers[i][2] = len(self.inner) - 1
+            self.traffic += self.buffers[i][0]
 
     def walk(self, jaxpr: Jaxpr, values: Sequence[_Value]) -> list[_Value]:
         """Goes through the operations; values of the results."""
@@ -155,6 +164,7 @@ class _Program:
             self.use(value)
         self.weight = max(self.weight, weights)
         self.operations += _operations(eqn)
+        self.attention += _attention(eqn)
         operands = [_Value(real=True) if isinstance(a, Literal) else known[a] for a in eqn.invars]
         for program in programs:
             one = _Program()
@@ -164,7 +174,10 @@ class _Program:
             one.finish(program, one.walk(program, [_Value(real=not v.weight, weight=v.weight) for v in outer]), [])
             self.inner[-1] = max(self.inner[-1], one.peak())
             self.weight = max(self.weight, one.weight)
-            self.operations += one.operations * eqn.params.get("length", 1)
+            length = eqn.params.get("length", 1)
+            self.operations += one.operations * length
+            self.attention += one.attention * length
+            self.traffic += one.traffic * length
         return [self.make(_nbytes(out.aval)) for out in eqn.outvars]
 
     def finish(self, jaxpr: Jaxpr, results: Sequence[_Value], kept: Sequence[_Value]) -> None:
@@ -207,6 +220,14 @@ def _operations(eqn: Any) -> float:
     else:
         return 0.0
     return 2.0 * terms * math.prod(eqn.outvars[0].aval.shape)
+
+
+def _attention(eqn: Any) -> float:
+    """Of scores and of what they weigh: q [b, t, heads, size] against s keys; a causal kernel makes half of them."""
+    if eqn.primitive.name != "fused_attention":
+        return 0.0
+    query, key = (atom.aval.shape for atom in eqn.invars[:2])
+    return 2.0 * math.prod(query) * key[1]
 
 
 def _same_signature(eqn: Any, program: Jaxpr) -> bool:

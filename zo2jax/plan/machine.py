@@ -1,32 +1,21 @@
-"""Rates of this machine, as far as a step of a run depends on them: transfers, products, memory, page files."""
+"""A machine, as far as a step of a run depends on it: rates and sizes; those of well-known GPUs, and a cache."""
 
+import json
 import math
-import tempfile
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
+import os
+import re
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from queue import Queue
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from zo2jax.files import OnDisk
-from zo2jax.link import Copy, Link, StoreError
-from zo2jax.pages import Layout
-
-_PAGES, _PAGE = 16, 2**25
-_WINDOW = 3  # blocks at a time, as with one that is uploaded ahead
+_GIB = 2**30
+_OF_PRODUCTS = 0.55
+"""Of the rate of products is that of attention, where nothing else is known (cuDNN on an H200)."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates of a machine: of transfers and of device memory in bytes a second, of products in operations a second.
+    """Rates of a machine: of transfers, device memory and files in bytes a second, of products in operations a second.
 
     >>> Machine(1.0, 1.0, 1.5, 10.0, 4.0).both
     1.5
@@ -37,144 +26,161 @@ class Machine:
     both: float
     """Both directions at once, together."""
     products: float
+    """Of 16-bit numbers; float32 ones on a CPU."""
     memory: float
+    """Read and written, together."""
+    int8_products: float = 0.0
+    """0: as those of 16-bit numbers."""
+    attention: float = 0.0
+    """0: a share of the products'."""
+    draws: float = math.inf
+    """Random numbers a second, in a kernel that moves a matrix."""
+    launch: float = 0.0
+    """Seconds that the host takes to issue the work of a block."""
+    disk: float = math.inf
+    """Page files, read and written at once, together."""
+    disk_read: float = math.inf
+    device_memory: int = 0
+    """Bytes that a program may take; 0: not known."""
+    host_memory: int = 0
+    """Bytes that are free."""
+    disk_space: int = 0
+    """Bytes that are free where page files are made."""
+    kind: str = ""
+    """What the device calls itself."""
+    backend: str = "gpu"
+    """As JAX names it."""
+
+    def __post_init__(self) -> None:
+        """Fills in what is not known; raises ValueError for numbers below 0."""
+        object.__setattr__(self, "int8_products", self.int8_products or self.products)
+        object.__setattr__(self, "attention", self.attention or _OF_PRODUCTS * self.products)
+        if wrong := [f.name for f in fields(self) if isinstance(x := getattr(self, f.name), float) and not x >= 0]:
+            raise ValueError(f"{wrong[0]} of a machine is {getattr(self, wrong[0])}: expected 0 or more")
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Bytes of device memory, host memory and disk space; 0 for what is not known.
+
+        >>> known("rtx4090").sizes[1:]
+        (0, 0)
+        """
+        return self.device_memory, self.host_memory, self.disk_space
+
+    def save(self, path: Path) -> None:
+        """Writes it as JSON."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({k: None if v == math.inf else v for k, v in asdict(self).items()}, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> "Machine":
+        """What `save` wrote.
+
+        Raises:
+            ValueError: for a file that holds no machine.
+
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     known("h200").save(Path(folder) / "m.json")
+        ...     Machine.read(Path(folder) / "m.json") == known("h200")
+        True
+        """
+        try:
+            numbers: dict[str, Any] = json.loads(path.read_text())
+            given: dict[str, Any] = {name: math.inf if value is None else value for name, value in numbers.items()}
+            return cls(**given)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} holds no machine ({error}): expected what `zo2jax machine` wrote") from None
+
+    def __str__(self) -> str:
+        """A line for each number."""
+        tera, giga = (lambda x: f"{x / 1e12:.4g} T"), (lambda x: f"{x / _GIB:.4g} GiB")
+        rows = [
+            ("link up / down / both at once", f"{giga(self.up)} / {giga(self.down)} / {giga(self.both)} a second"),
+            ("products of 16-bit / of int8 numbers", f"{tera(self.products)}FLOP/s / {tera(self.int8_products)}OP/s"),
+            ("attention", f"{tera(self.attention)}FLOP/s"),
+            ("device memory", f"{giga(self.memory)} a second" + _amount(self.device_memory)),
+            ("random numbers", "-" if self.draws == math.inf else f"{tera(self.draws)} a second"),
+            ("host: work of a block issued in", f"{self.launch * 1e6:.0f} us" + _amount(self.host_memory)),
+            ("files, read and written / read", f"{giga(self.disk)} / {giga(self.disk_read)} a second"),
+        ]
+        space = [("", f"{_amount(self.disk_space)[2:]}")] if self.disk_space else []
+        return "\n".join([self.kind, *(f"  {name:<38}{value}" for name, value in [*rows, *space])])
 
 
-class Rates(NamedTuple):
-    """Bytes a second between host memory and the device; ``both`` counts those of both ways at once.
+def _amount(nbytes: int) -> str:
+    return f", {nbytes / _GIB:.1f} GiB there" if nbytes else ""
 
-    >>> Rates(1.0, 1.0, 1.5).both
-    1.5
+
+_H200 = Machine(
+    up=48.6 * _GIB,
+    down=48.9 * _GIB,
+    both=83.5 * _GIB,
+    products=700e12,
+    memory=4.1e12,
+    int8_products=1334e12,
+    attention=400e12,
+    draws=0.78e12,
+    launch=0.3e-3,
+    disk=2.0 * _GIB,
+    disk_read=2.0 * _GIB,
+    device_memory=int(139.8 * _GIB),
+    kind="NVIDIA H200",
+)
+"""Measured (docs/LOG.md), but for the disk, which is whatever there is."""
+
+_DATASHEETS = {
+    # 16-bit and int8 operations a second without sparsity, bytes a second of memory and of one way of the link, bytes
+    "h200": (989e12, 1979e12, 4.8e12, 64e9, 141e9),
+    "h100": (989e12, 1979e12, 3.35e12, 64e9, 80e9),
+    "a100": (312e12, 624e12, 2.039e12, 32e9, 80e9),
+    "rtx4090": (165.2e12, 660.6e12, 1.008e12, 32e9, 24e9),
+}
+"""NVIDIA's data sheets: H200 SXM, H100 SXM 80 GB, A100 SXM 80 GB, GeForce RTX 4090 (with float32 accumulation)."""
+
+
+def known(name: str) -> Machine:
+    """A machine with a well-known GPU: its data sheet, of which it gives the share that an H200 gave of its own.
+
+    Host memory and disk space are unknown: 0 there sets no limit.
+
+    Raises:
+        ValueError: for another name.
+
+    >>> known("h200").products, round(known("rtx4090").up / 2**30, 1)
+    (700000000000000.0, 24.3)
     """
+    if name not in _DATASHEETS:
+        raise ValueError(f"machine {name!r}: expected one of {', '.join(_DATASHEETS)}, or a file")
+    products, int8, memory, link, size = _DATASHEETS[name]
+    ours = _DATASHEETS["h200"]
+    share = [new / old for new, old in zip((products, int8, memory, link, size), ours, strict=True)]
+    rates = {"products": share[0], "attention": share[0], "draws": share[0], "int8_products": share[1]}
+    rates |= {"memory": share[2]} | dict.fromkeys(("up", "down", "both"), share[3])
+    scaled: dict[str, Any] = {rate: getattr(_H200, rate) * by for rate, by in rates.items()}
+    scaled |= {"device_memory": int(_H200.device_memory * share[4]), "kind": name}
+    return replace(_H200, **scaled)
 
-    up: float
-    down: float
-    both: float
 
+def cache_file(kind: str) -> Path:
+    """Where the rates of a machine with a device of this kind are kept.
 
-@lru_cache(maxsize=1)
-def measure_link() -> Rates:
-    """Measures the link, once in a process, in a tenth of a second: 16 pages of 32 MiB, three at a time on the device.
-
-    >>> measure_link().both > 0
-    True
+    >>> cache_file("NVIDIA H200").name
+    'nvidia-h200.json'
     """
-    gpu = jax.default_backend() == "gpu"
-    return link_rates([Layout((), (("uint8", _PAGE if gpu else _PAGE // 16),), ())] * (_PAGES if gpu else 2))
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    name = re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-")
+    return Path(base).expanduser() / "zo2jax" / "machines" / f"{name}.json"
 
 
-def link_rates(layouts: Sequence[Layout], *, pinned: bool = True) -> Rates:
-    """The rates at which pages are moved as the stream moves them, with nothing computed.
+def find(name: str) -> Machine:
+    """A machine by the name that `known` takes, or a file of one.
 
-    Args:
-        layouts: of the blocks that are moved, one after the other; one at least.
-        pinned: whether host memory is page-locked.
+    Raises:
+        ValueError: for neither.
 
-    >>> link_rates([Layout((), (("float32", 2048),), ())]).up > 0
-    True
+    >>> find("h100").kind
+    'h100'
     """
-    link = Link(pinned=pinned)
-    pages = [link.memory(layout.nbytes, randomize) for layout in layouts]
-    moved = sum(page.nbytes for page in pages)
-    arrays = {page.nbytes: link.up(page) for page in pages}
-
-    def up() -> None:
-        arriving: deque[jax.Array] = deque()
-        for page in pages:
-            if len(arriving) == _WINDOW:
-                arriving.popleft().block_until_ready()
-            arriving.append(link.up(page))
-        jax.block_until_ready(list(arriving))
-
-    def finish(copies: Iterable[Copy]) -> None:
-        for copy in copies:
-            copy.result()
-
-    def both() -> None:
-        leaving: deque[Copy] = deque()
-        for page in pages:
-            if len(leaving) == _WINDOW:
-                leaving.popleft().result()
-            leaving.append(link.down(link.up(page), page))
-        finish(leaving)
-
-    try:
-        alone = _best(up), _best(lambda: finish([link.down(arrays[page.nbytes], page) for page in pages]))
-        return Rates(moved / alone[0], moved / alone[1], 2 * moved / _best(both))
-    finally:
-        link.close()
-
-
-def randomize(memory: np.ndarray) -> None:
-    """Fills memory, uint8 [n], with random bytes, which nothing on the way can compress.
-
-    >>> memory = np.zeros(64, np.uint8)
-    >>> randomize(memory)
-    >>> bool(memory.any())
-    True
-    """
-    block = np.frombuffer(np.random.default_rng(0).bytes(min(memory.nbytes, 2**20)), np.uint8)
-    np.copyto(memory, np.resize(block, memory.nbytes))
-
-
-@lru_cache(maxsize=1)
-def measure_machine() -> Machine:
-    """Measures the rates, once in a process, in about a second: transfers, a product, and a copy.
-
-    >>> measure_machine().products > 0
-    True
-    """
-    gpu, link = jax.default_backend() == "gpu", measure_link()
-    array = jnp.ones(2**28 if gpu else 2**25, jnp.uint8)
-    copied = jax.jit(lambda x: x + jnp.uint8(1))
-    memory = _best(lambda: jax.block_until_ready(copied(array)))
-    size, dtype = (8192, jnp.bfloat16) if gpu else (1024, jnp.float32)
-    square = jnp.ones((size, size), dtype)
-    product = jax.jit(jnp.matmul)
-    products = _best(lambda: jax.block_until_ready(product(square, square)))
-    return Machine(*link, 2 * size**3 / products, 2 * array.nbytes / memory)
-
-
-@lru_cache(maxsize=1)
-def measure_disk() -> float:
-    """Bytes a second of page files, read and written at once, in the folder for temporary files; NaN without room.
-
-    >>> measure_disk() > 0
-    True
-    """
-    layout = Layout.of({"w": jax.ShapeDtypeStruct((2**12, 2**12), np.float32)})
-    link, staging = Link(), Queue[np.ndarray]()
-    try:
-        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as workers:
-            for _ in range(2):
-                staging.put(link.memory(layout.nbytes))
-            stores = [OnDisk(link, workers, staging, Path(folder) / name, layout) for name in "ab"]
-            for store in stores:
-                store.fill(lambda pages: None)
-            pages = stores[0].upload().result()
-
-            def both() -> None:
-                written = stores[1].commit(pages)
-                stores[0].upload().result()
-                written.result()
-
-            try:
-                return 2 * layout.nbytes / _best(both)
-            finally:
-                for store in stores:
-                    store.close()
-    except StoreError:
-        return math.nan
-    finally:
-        link.close()
-
-
-def _best(work: Callable[[], Any]) -> float:
-    """Seconds of the quickest of three, after one more."""
-    work()
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    path = Path(name).expanduser()
+    return Machine.read(path) if path.is_file() else known(name)

@@ -18,7 +18,7 @@ from zo2jax.tasks.encoding import TaskBatches, TaskHeldOut
 from zo2jax.tasks.metrics import token_f1
 from zo2jax.tasks.scoring import Evaluation, evaluate
 from zo2jax.tasks.task import Task, chat_task, completion_task
-from zo2jax.tasks.text import HeldOut, TextBatches, load_text
+from zo2jax.tasks.text import HeldOut, TextBatches, load_text, random_text
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,10 @@ def first_tokens(config: Config, model: Model) -> list[int]:
 
 
 def _prepare_text(config: Config, model: Model) -> Prepared:
-    text = load_text(model, config.data, tokens=config.tokens, batch=config.batch, held_out=config.held_out)
+    if config.model.startswith("shape:") and not config.data:
+        text = random_text(model, tokens=config.tokens, batch=config.batch)
+    else:
+        text = load_text(model, config.data, tokens=config.tokens, batch=config.batch, held_out=config.held_out)
     return Prepared(
         f"{len(text.train):,} rows of {config.tokens} tokens, {len(text.held_out):,} held out",
         TextBatches(text.train, config.batch, config.steps, config.seed),

@@ -188,3 +188,15 @@ def load_text(model: Any, data: str, *, tokens: int, batch: int, held_out: float
             "or smaller batch or tokens"
         )
     return TextData(train, kept)
+
+
+def random_text(model: Any, *, tokens: int, batch: int) -> TextData:
+    """Rows of random tokens, for a model of random weights: four batches, and one that is held out.
+
+    >>> from zo2jax.shapes import random_model
+    >>> random_text(random_model("tiny"), tokens=4, batch=2).train.shape
+    (8, 5)
+    """
+    model.check_tokens(tokens)
+    rows = np.random.default_rng(0).integers(0, model.config.vocabulary, (5 * batch, tokens + 1)).astype(np.int32)
+    return TextData(rows[batch:], rows[:batch])

@@ -1,0 +1,50 @@
+"""Programs of another machine's: blocks that are traced to be looked at, and not run."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import jax
+from jax.extend.core import Primitive
+
+_TRACED_FOR: ContextVar[str | None] = ContextVar("traced_for", default=None)
+
+
+@contextmanager
+def traced_for(backend: str | None) -> Iterator[None]:
+    """Within it programs are traced as for "gpu" or "cpu", wherever they are traced; None changes nothing.
+
+    What is traced as for GPUs has `fused_attention` in it, and cannot be run.
+
+    >>> with traced_for("gpu"):
+    ...     backend()
+    'gpu'
+    """
+    token = _TRACED_FOR.set(backend)
+    try:
+        yield
+    finally:
+        _TRACED_FOR.reset(token)
+
+
+def backend() -> str:
+    """The backend that programs are traced for: JAX's default one outside `traced_for`.
+
+    >>> backend() == jax.default_backend()
+    True
+    """
+    return _TRACED_FOR.get() or jax.default_backend()
+
+
+def is_traced() -> bool:
+    """Whether programs are only looked at, within `traced_for`.
+
+    >>> is_traced()
+    False
+    """
+    return _TRACED_FOR.get() is not None
+
+
+fused_attention = Primitive("fused_attention")
+"""Stands for cuDNN's attention in programs that are looked at, and not run: q, k, v as in `attention` -> like q."""
+fused_attention.def_abstract_eval(lambda query, key, value: query)
