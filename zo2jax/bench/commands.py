@@ -141,6 +141,7 @@ def _add_setting(sub: argparse.ArgumentParser, json: bool = True) -> None:
     sub.add_argument("--directory", metavar="FOLDER", help="where page files are made (a temporary folder)")
     if json:
         sub.add_argument("--steps", type=int, default=default.steps, help="steps that are timed, each by itself")
+        sub.add_argument("--warm-ups", type=int, default=default.warm_ups, help="steps before them, after the first")
         sub.add_argument("--json", metavar="FILE", help="write all numbers here")
 
 

@@ -84,8 +84,13 @@ _LINES = (  # what it is called, the figures, digits, and the figures of a peer 
     ("floor of the link, ms", ("link_floor_ms",), 1, None),
     ("  step / floor", ("link_ratio",), 2, None),
     ("disk, read and written, GiB/s", ("disk_both_gib_s",), 2, None),
+    ("disk, read, GiB/s", ("disk_read_gib_s",), 2, None),
     ("floor of the disk, ms", ("disk_floor_ms",), 1, None),
     ("  step / floor", ("disk_ratio",), 2, None),
+    ("products, TFLOP/s", ("compute_tflops",), 1, None),
+    ("floor of the products, ms", ("compute_floor_ms",), 1, None),
+    ("  step / floor", ("compute_ratio",), 2, None),
+    ("step / the highest floor", ("floor_ratio",), 2, None),
 )
 
 
