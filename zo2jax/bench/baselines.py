@@ -20,7 +20,7 @@ from zo2jax.models.blocks import owned_shapes
 from zo2jax.models.model import Model
 
 METHODS = ("mezo", "lora", "adam", "adam-offload")
-"""All weights bfloat16. mezo: the step of `zo2jax.mezo` in one jit, all on the device. lora: Adam on adapters of queries
+"""All weights bfloat16. mezo: the step of `zo2jax.mezo` in one jit, on the device. lora: Adam on adapters of queries
 and values by backpropagation. adam: the same on all weights, its state float32, on the device. adam-offload: with
 float32 masters, which are with the state in host memory; see `zo2jax.bench.backpropagation.Offloaded`."""
 
