@@ -56,7 +56,7 @@ _THEN = (
 _COMPARED = ("opt-6.7b", "opt-1.3b")
 _FOLDED = 50
 _DENSE_FOLDED = 8
-_EVERY = {False: 20, True: 5}
+_EVERY = {False: 20, True: 1}
 """Steps between evaluations; under True of Adam, which is there soon."""
 STEPS = 5
 """That are timed in each cell, unless another number is given."""

@@ -138,9 +138,12 @@ def measure_goal(goal: Goal) -> dict[str, Any]:
     Evaluations are not in the time, nor what is compiled in the first steps, which are taken once before. ``curve`` has
     (steps, seconds, held-out loss) of each evaluation.
 
-    >>> found = measure_goal(Goal("adam", fall=0.01, every=2, most=20, rows=4, tokens=16))
-    >>> found["loss"] <= found["target"], found["steps"] > 0
-    (True, True)
+    Raises:
+        FileNotFoundError, ValueError: for a model or a text that cannot be read.
+
+    >>> measure_goal(Goal("adam", text="no/such/file.txt"))
+    Traceback (most recent call last):
+    FileNotFoundError: data: no file at no/such/file.txt
     """
     model = load(goal.model or model_folder(), dtype="float32")
     data = goal.data(model)

@@ -63,9 +63,10 @@ def suite(
     machine = measured("machine", look, asked, env=NO_PREALLOCATION)
     outcomes = {cell.name: known for cell in cells if (known := _known(cell, folder, machine, console, cell in chosen))}
     for cell in chosen:
-        if cell.name not in outcomes:
+        before = " (measured before)" if cell.name in outcomes else ""
+        if not before:
             outcomes[cell.name] = _outcome(cell, folder, machine, limit_s)
-        console.print(line(cell.name, outcomes[cell.name]))
+        console.print(line(cell.name, outcomes[cell.name]) + before)
         found = _write(cells, folder, machine, outcomes)
     (folder / "suite.md").write_text(markdown(found))
     plots(found, folder)

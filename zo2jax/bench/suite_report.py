@@ -113,7 +113,7 @@ def plots(found: Mapping[str, Any], folder: Path) -> None:
     ['memory.png', 'speed.png']
     """
     cells = {name: one for name, one in found["cells"].items() if "tokens_per_s" in one}
-    speed = {"zo2jax or baseline": [one["tokens_per_s"] for one in cells.values()]}
+    speed = {"measured": [one["tokens_per_s"] for one in cells.values()]}
     floors = [one.get("floor_ms") for one in cells.values()]
     allowed = [f and one["tokens_per_s"] * one["ms"] / f for f, one in zip(floors, cells.values(), strict=True)]
     where = f"tokens a second, {found['device']}"
@@ -138,14 +138,14 @@ def _bars(
         at = [y - 0.4 + (i + 0.5) * height for y in range(len(names))]
         axes.barh(at, [value or 0.0 for value in values], height, label=what)
     what, values = marks
-    shown = [(value, y) for y, value in enumerate(values) if value]
+    shown = [(value, y - 0.4 + 0.5 * height) for y, value in enumerate(values) if value]  # on the first of the bars
     if shown:
-        axes.plot(*zip(*shown, strict=True), "|", color="black", markersize=12, markeredgewidth=2, label=what)
+        size = 16 * height
+        axes.plot(*zip(*shown, strict=True), "|", color="black", markersize=size, markeredgewidth=2, label=what)
     axes.set_yticks(range(len(names)), names, fontsize="small")
-    axes.invert_yaxis()
-    axes.set(xlabel=label, xlim=(0, None))
-    axes.set_xscale("symlog")
-    axes.grid(alpha=0.3, axis="x")
-    if names:
-        axes.legend()
+    axes.set(xlabel=label, ylim=(max(len(names), 1) - 0.5, -0.5))
+    if lowest := [value for values in (*series.values(), marks[1]) for value in values if value]:
+        axes.set(xscale="log", xlim=(min(lowest) / 2, None))
+    axes.grid(alpha=0.3, axis="x", which="both")
+    figure.legend(loc="outside upper right", ncols=3, fontsize="small")
     figure.savefig(file, dpi=120)
