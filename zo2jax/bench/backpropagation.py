@@ -150,9 +150,6 @@ class Offloaded:
     {'pinned_host'}
     """
 
-    _AHEAD = 2
-    """Blocks whose masters and state may be on the device at once: the one that moves, and the next one's upload."""
-
     def __init__(self, model: Model, optimizer: optax.GradientTransformation):
         """Reads the model block by block."""
         self._optimizer, self.first = optimizer, _first(model)
@@ -168,7 +165,10 @@ class Offloaded:
             self.kept[block.name] = self._away((masters, _begun(self._optimizer, masters)))
             self.weights[block.name] = own
             jax.block_until_ready(self.kept[block.name])
-        self._leaving: list[Any] = []
+        names = [block.name for block in model.blocks]
+        self._next = dict(zip(names[1:], names, strict=False))
+        self._coming: dict[str, Any] = {}
+        self._leaving: Any = None
 
     def leaves(self, block: str) -> tuple[Any, Params]:
         """All of them train."""
@@ -177,13 +177,17 @@ class Offloaded:
     merged = staticmethod(lambda trained, stays: trained)
 
     def take(self, block: str, gradient: Any) -> None:
-        """Moves a block's masters on the device, and rounds them to its weights."""
-        if len(self._leaving) == self._AHEAD:
-            jax.block_until_ready(self._leaving.pop(0))  # Python would upload far ahead of the device
-        masters, state = _moved(self._optimizer, *jax.device_put(self.kept[block], self._device), gradient)
+        """Moves a block's masters on the device, and rounds them to its weights; the next one's come meanwhile."""
+        jax.block_until_ready(self._leaving)  # Python would upload far ahead of the device
+        came = self._coming.pop(block, None) or self._here(block)
+        masters, state = _moved(self._optimizer, *came, gradient)
         self.weights[block] = _rounded(masters, self.weights[block])
-        self.kept[block] = self._away((masters, state))
-        self._leaving.append(self.kept[block])
+        self.kept[block] = self._leaving = self._away((masters, state))
+        if block in self._next:  # before the device is asked for that one's gradient, which transfers would wait for
+            self._coming[self._next[block]] = self._here(self._next[block])
+
+    def _here(self, block: str) -> Any:
+        return jax.device_put(self.kept[block], self._device)
 
     def _away(self, kept: Any) -> Any:
         return jax.device_put(kept, self._host)

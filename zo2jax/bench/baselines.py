@@ -1,5 +1,6 @@
 """What zo2jax is compared with on the same shapes: MeZO in memory, and backpropagation."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -78,13 +79,18 @@ class Baseline:
             "adam": (2 + 8) * total + 10 * largest,  # gradients and weights in float32 while a block moves
             "adam-offload": 2 * total + 3 * 12 * largest,
         }
-        return device[self.method], 12 * total if self.method == "adam-offload" else 0
+        return device[self.method], self._pool * _GIB
 
     def environment(self) -> dict[str, str]:
         """What the process that measures needs: XLA's host memory has a limit, up to which it grows by doubling."""
+        return {"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": str(self._pool)} if self._pool else {}
+
+    @property
+    def _pool(self) -> int:
+        """GiB of host memory for masters and state, and for what is made anew of some blocks before it is let go."""
         if self.method != "adam-offload":
-            return {}
-        return {"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": str(round((12 * sum(self.parts) * 1.05) / _GIB) + 8)}
+            return 0
+        return math.ceil((1.05 * 12 * sum(self.parts) + 3 * 12 * max(self.parts)) / _GIB)
 
 
 @contextmanager
