@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -57,7 +58,7 @@ def machine(monkeypatch):
 
         def look(self, name, function, asked, *, env):
             assert function is cells.look
-            return self.says | {"needs": {name: asdict(needs_of(what)) for name, what in asked}}
+            return self.says | {"needs": {name: asdict(needs_of(what)) for name, what in asked}, "env": {}}
 
         def measure(self, name, function, what, *, env, limit_s):
             assert Path(env["TMPDIR"]).is_dir() and env["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
@@ -173,6 +174,34 @@ def test_disk_and_masters_are_counted(machine, tmp_path, monkeypatch):
 def test_a_cell_has_a_limit_of_time():
     with pytest.raises(RuntimeError, match=r"of 'sleep' took longer than its limit of 0\.5 s, and was ended"):
         process.measured("sleep", time.sleep, 60, limit_s=0.5)
+
+
+def test_the_suite_itself_leaves_the_device_to_its_cells(tmp_path):
+    """JAX would take most of a GPU's memory; on a platform that is not there it fails as soon as it looks for it."""
+    code = """if True:
+        import sys
+        from zo2jax.bench import cells, suite
+        machine = {"device": "d", "versions": {}, "has": dict.fromkeys(("device", "host"), 0), "needs": {}, "env": {}}
+        suite.measured = lambda *arguments, env: machine
+        found = {"ms": 1.0, "tokens_per_s": 1.0, "versions": {}}
+        cells.measured = lambda name, function, what, env, limit_s: found
+        suite.suite(cells.all_cells(), sys.argv[1])
+    """
+    command = [sys.executable, "-c", code, str(tmp_path / "suite")]
+    out = process.run("suite", command, env={"JAX_PLATFORMS": "none"})
+    assert "opt-30b/factored/host/16: 1.0 ms" in out and "baseline/opt-6.7b/adam-offload: 1.0 ms" in out
+
+
+def test_environments_come_from_the_process_that_looks(tmp_path, machine, monkeypatch):
+    baseline = Baseline("opt-tiny", "adam-offload", layers=1, tokens=8)
+    given = cells.look([("a", baseline), ("b", TINY)])["env"]
+    assert given == {"a": {"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": "1"}}
+    seen = {}
+    monkeypatch.setattr(machine, "look", lambda *_, env: machine.says | {"needs": {}, "env": given})
+    monkeypatch.setattr(suite, "measured", machine.look)
+    monkeypatch.setattr(cells, "measured", lambda name, f, what, env, limit_s: seen.update(env) or found_of(what))
+    run(tmp_path, which=[Cell("a", baseline)])
+    assert seen["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"] == "1" and Path(seen["JAX_COMPILATION_CACHE_DIR"]).is_absolute()
 
 
 @pytest.mark.slow

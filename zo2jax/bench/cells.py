@@ -102,8 +102,6 @@ class Cell:
             assert isinstance(self.what, Setting)
             return measure_peer(self.peer, self.what, limit_s) | {"setting": self.setting}
         env = NO_PREALLOCATION | {"TMPDIR": str(scratch)} | dict(env)
-        if isinstance(self.what, Baseline):
-            env |= self.what.environment()
         functions: dict[type, Any] = {Setting: measure, Baseline: measure_baseline, Goal: measure_goal}
         function = functions[type(self.what)]
         found: dict[str, Any] = measured(self.name, function, self.what, env=env, limit_s=limit_s)
@@ -243,14 +241,17 @@ def needs_of(what: Setting | Baseline | Goal | None) -> Needs:
 
 
 def look(cells: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """What a machine is and has, and what cells of these names need; for a process that ends before cells begin.
+    """What a machine is and has, and what cells of these names need, of their environment too.
+
+    For a process that ends before cells begin: that of the suite itself must not hold the device.
 
     >>> sorted(look([]))
-    ['device', 'has', 'needs', 'versions']
+    ['device', 'env', 'has', 'needs', 'versions']
     """
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     has = Needs(limit or available_memory(), available_memory(), 0)
-    return machine() | {"has": asdict(has), "needs": {name: asdict(needs_of(what)) for name, what in cells}}
+    env = {name: what.environment() for name, what in cells if isinstance(what, Baseline)}
+    return machine() | {"has": asdict(has), "needs": {name: asdict(needs_of(what)) for name, what in cells}, "env": env}
 
 
 def chosen_cells(cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:

@@ -120,7 +120,7 @@ def _outcome(cell: Cell, folder: Path, machine: Mapping[str, Any], limit_s: floa
     """What was measured, and written; {"skipped": why}; or {"error": what}."""
     if reason := cell.missing or _lacking(cell, folder, machine):
         return {"skipped": reason}
-    env = {"JAX_COMPILATION_CACHE_DIR": str((folder / "compiled").resolve())}
+    env = {"JAX_COMPILATION_CACHE_DIR": str((folder / "compiled").resolve())} | machine["env"].get(cell.name, {})
     try:
         with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder, ignore_cleanup_errors=True) as scratch:
             found = cell.measure(Path(scratch).resolve(), env, limit_s)
