@@ -101,6 +101,7 @@ def test_it_goes_on_after_an_interrupt(tmp_path, machine):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path)
     assert list(json.loads((tmp_path / "suite.json").read_text())["cells"]) == ["tiny/host", "tiny/disk"]
+    assert "| tiny/disk | 4.0 |" in (tmp_path / "suite.md").read_text()
     (tmp_path / f"{suite._SCRATCH}left").mkdir()  # as after a kill
     (tmp_path / "cells" / "tiny" / "disk.json").write_text('{"torn')
     machine.errors.clear()

@@ -68,7 +68,6 @@ def suite(
             outcomes[cell.name] = _outcome(cell, folder, machine, limit_s)
         console.print(line(cell.name, outcomes[cell.name]) + before)
         found = _write(cells, folder, machine, outcomes)
-    (folder / "suite.md").write_text(markdown(found))
     plots(found, folder)
     console.print(f"{folder / 'suite.json'}, suite.md, speed.png, memory.png")
     if failed := [cell.name for cell in chosen if "error" in outcomes[cell.name]]:
@@ -80,11 +79,12 @@ def suite(
 def _write(
     cells: Sequence[Cell], folder: Path, machine: Mapping[str, Any], outcomes: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All that is known so far, in the order of the cells."""
+    """Writes all that is known so far, in the order of the cells, so that a suite that is ended leaves its table."""
     about = {cell.name: {"command": cell.command, "expected": machine["needs"].get(cell.name)} for cell in cells}
     found = {"device": machine["device"], "versions": machine["versions"]}
     found["cells"] = {name: outcomes[name] | about[name] for name in about if name in outcomes}
     save(found, folder / "suite.json")
+    (folder / "suite.md").write_text(markdown(found))
     return found
 
 
