@@ -87,7 +87,8 @@ def test_all_is_measured_once_and_written(tmp_path, machine, capsys):
     assert machine.measured == [cell.name for cell in CELLS]
     assert found == json.loads((tmp_path / "suite.json").read_text())
     assert found["cells"]["tiny/host"].items() >= found_of(TINY).items()
-    assert {"suite.json", "suite.md", "speed.png", "memory.png", "cells"} == {f.name for f in tmp_path.iterdir()}
+    written = {"suite.json", "suite.md", "speed.png", "memory.png", "cells", "lock"}
+    assert {file.name for file in tmp_path.iterdir()} == written
     assert not any(page.exists() for page in machine.left)
     out = capsys.readouterr().out
     assert "tiny/host: 4.0 ms, 2000 tokens/s, device 1.50 GiB, host 3.0 GiB, link 50%, 2.00 of the floor (link" in out
@@ -109,6 +110,12 @@ def test_it_goes_on_after_an_interrupt(tmp_path, machine):
     assert list(run(tmp_path)["cells"]) == [cell.name for cell in CELLS]
     assert machine.measured == ["tiny/disk", "tiny/adam", "tiny/goal"]
     assert not list(tmp_path.glob(f"{suite._SCRATCH}*"))
+
+
+def test_a_second_suite_in_the_folder_is_refused(tmp_path, machine):
+    with suite._alone(tmp_path), pytest.raises(BlockingIOError, match="another suite measures in"):
+        run(tmp_path)
+    assert len(run(tmp_path)["cells"]) == 4
 
 
 @pytest.mark.parametrize(

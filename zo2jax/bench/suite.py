@@ -1,12 +1,14 @@
 """``zo2jax bench suite``: many measurements in one folder, each in a process of its own; the same command goes on."""
 
 import argparse
+import fcntl
 import json
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ def suite(
 
     Raises:
         ValueError: for a pattern that names no cell, before anything is run.
+        BlockingIOError: if another suite measures in the folder.
         RuntimeError: at the end, if cells failed; all others were measured and written.
 
     >>> suite(all_cells(), "no/such/folder", only=["opt-1b/*"])
@@ -56,24 +59,45 @@ def suite(
     """
     chosen, folder = chosen_cells(cells, only), Path(directory).expanduser()
     console = console or Console(highlight=False, soft_wrap=True)
+    with _alone(folder):
+        found, failed = _measured(cells, chosen, folder, limit_s, console)
+        plots(found, folder)
+    console.print(f"{folder / 'suite.json'}, suite.md, speed.png, memory.png")
+    if failed:
+        names = ", ".join(failed)
+        raise RuntimeError(f"{len(failed)} of {len(chosen)} cells failed: {names}; the same command tries again")
+    return found
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Makes and locks the folder, and removes what a suite that was killed left there."""
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(f"{_SCRATCH}*"):  # of a suite that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"another suite measures in {folder}: wait, or give another --directory") from None
+        for left in folder.glob(f"{_SCRATCH}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+
+
+def _measured(
+    cells: Sequence[Cell], chosen: Sequence[Cell], folder: Path, limit_s: float, console: Console
+) -> tuple[dict[str, Any], list[str]]:
+    """(all that is known in the end, the names of those that failed)."""
     asked = [(cell.name, cell.what) for cell in cells if cell.peer is None]
     machine = measured("machine", look, asked, env=NO_PREALLOCATION)
     outcomes = {cell.name: known for cell in cells if (known := _known(cell, folder, machine, console, cell in chosen))}
+    found = _write(cells, folder, machine, outcomes)
     for cell in chosen:
         before = " (measured before)" if cell.name in outcomes else ""
         if not before:
             outcomes[cell.name] = _outcome(cell, folder, machine, limit_s)
         console.print(line(cell.name, outcomes[cell.name]) + before)
         found = _write(cells, folder, machine, outcomes)
-    plots(found, folder)
-    console.print(f"{folder / 'suite.json'}, suite.md, speed.png, memory.png")
-    if failed := [cell.name for cell in chosen if "error" in outcomes[cell.name]]:
-        names = ", ".join(failed)
-        raise RuntimeError(f"{len(failed)} of {len(chosen)} cells failed: {names}; the same command tries again")
-    return found
+    return found, [cell.name for cell in chosen if "error" in outcomes[cell.name]]
 
 
 def _write(
