@@ -44,7 +44,7 @@ def line(name: str, found: Outcome) -> str:
 def _reached(found: Outcome) -> str:
     if found["seconds"] is None:
         return f"not reached in {found['curve'][-1][0]} steps"
-    return f"{found['steps']} steps, {found['seconds']:.1f} s"
+    return f"{found['steps']} step{'s' * (found['steps'] != 1)}, {found['seconds']:.1f} s"
 
 
 def markdown(found: Mapping[str, Any]) -> str:
