@@ -179,7 +179,7 @@ def test_a_budget_is_left_to_the_plan(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "opt-1b"}, "model is 'opt-1b', expected one of gpt-j-6b, gpt2, llama-7b"),
+        ({"model": "opt-1b"}, "model is 'opt-1b', expected one of 1t, 500b, gpt-j-6b, gpt2"),
         ({"mode": "sparse"}, "mode is 'sparse', expected one of dense, factored"),
         ({"tier": "tape"}, "tier is 'tape', expected one of device, host, disk"),
         ({"steps": 0}, "steps is 0, expected 1 or more"),
