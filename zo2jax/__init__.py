@@ -40,6 +40,7 @@ from zo2jax.models.model import Model as Model
 from zo2jax.models.prefix import with_prefix as with_prefix
 from zo2jax.models.probing import probed as probed
 from zo2jax.models.stages import blocks as blocks
+from zo2jax.monitor import Monitor as Monitor
 from zo2jax.objectives import Generated as Generated
 from zo2jax.optimizers import Optimizer as Optimizer
 from zo2jax.optimizers import clip_by_running_scale as clip_by_running_scale
@@ -52,6 +53,8 @@ from zo2jax.replay import replay as replay
 from zo2jax.run import NonFiniteLoss as NonFiniteLoss
 from zo2jax.run import Run as Run
 from zo2jax.run import StepInfo as StepInfo
+from zo2jax.sensitivity import Sensitivity as Sensitivity
+from zo2jax.sensitivity import sensitivity as sensitivity
 from zo2jax.tasks.task import Task as Task
 from zo2jax.updates import Rounding as Rounding
 from zo2jax.updates import Update as Update

@@ -99,6 +99,11 @@ class Config:
     targets: str = ""
     """Patterns of the leaves that are trained, or have an adapter, separated by commas, such as ``head.*`` or
     ``*.attn.[qv].*``; empty for all."""
+    train_blocks: float = 0.0
+    """The fraction of blocks that train, of those that ``targets`` let: those on which the loss depends most, as
+    `zo2jax.sensitivity` measures before the first step; 0 for all."""
+    sensitivity_steps: int = 8
+    """Batches that it measures with."""
     perturb_dtype: Literal["", "float32", "bfloat16", "float16"] = ""
     """The dtype in which probes of matrices are made and multiplied; empty for that of the weights."""
     prefix: int = 0
@@ -164,7 +169,16 @@ class Config:
         Raises:
             ConfigError: for the first value out of range.
         """
-        counts = ("steps", "batch", "tokens", "directions", "micro_batches", "eval_every", "max_skipped")
+        counts = (
+            "steps",
+            "batch",
+            "tokens",
+            "directions",
+            "micro_batches",
+            "eval_every",
+            "max_skipped",
+            "sensitivity_steps",
+        )
         for name in (*counts, "train_examples", "dev_examples", "eval_examples"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected an integer of at least 1")
@@ -209,6 +223,7 @@ class Config:
             raise ConfigError(f"replay_within={self.replay_within}: expected seconds, inf for no checkpoints between")
         if not 0 < self.eps < float("inf"):
             raise ConfigError(f"eps={self.eps}: expected a positive number, such as 1e-3")
+        self._check_selection()
         if not 0 < self.held_out < 1:
             raise ConfigError(f"held_out={self.held_out}: expected a fraction between 0 and 1")
         self.make_estimator()
@@ -219,6 +234,22 @@ class Config:
         for name in ("seed", "data_seed"):
             if not 0 <= getattr(self, name) < 2**32:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected an integer from 0 to 2**32 - 1")
+
+    def _check_selection(self) -> None:
+        if not 0 <= self.train_blocks <= 1:
+            raise ConfigError(f"train_blocks={self.train_blocks}: expected a fraction from 0 to 1, such as 0.5")
+        if not self.train_blocks:
+            return
+        if self.first_order or self.objective == "generated":
+            raise ConfigError(
+                f"train_blocks={self.train_blocks}, first_order={self.first_order}, objective={self.objective}: "
+                "expected neither first_order nor objective=generated with it"
+            )
+        if self.format and self.direction not in _LOW_RANK and not self.prefix:
+            raise ConfigError(
+                f"train_blocks={self.train_blocks}, format={self.format}, direction={self.direction}: expected "
+                "direction=lowrank, which has targets with codes"
+            )
 
     def make_direction(self) -> Direction:
         """The distribution of perturbations; a dense one has a refresh if there is a format.
@@ -354,7 +385,8 @@ class Config:
         neutral += () if self.format else ("format", "group")
         # Runs of versions that lack these are as with what they are by default.
         later = ["compute", "momentum", "estimator", "micro_batches", "warmup", "clip_scale", "eps_end"]
-        later += ["prefix", "perturb_dtype", "first_order"]
+        later += ["prefix", "perturb_dtype", "first_order", "train_blocks"]
+        neutral += () if self.train_blocks else ("sensitivity_steps",)
         neutral += () if self.first_order else ("first_order_rate",)
         neutral += tuple(name for name in later if getattr(self, name) == getattr(Config, name))
         neutral += () if self.anchor_directions else ("anchor_directions",)

@@ -107,6 +107,16 @@ class Metrics:
                 if name != "step" and isinstance(value, (int, float)):
                     self._board.add_scalar(name, value, line["step"])
 
+    def note(self, step: int, values: Mapping[str, float | str]) -> None:
+        """Gives TensorBoard alone further numbers of a step, if it has that step; and texts, of any step."""
+        if self._board is None:
+            return
+        for name, value in values.items():
+            if isinstance(value, str):
+                self._board.add_text(name, value, step)
+            elif step % _BOARD_EVERY == 0:
+                self._board.add_scalar(name, value, step)
+
     def close(self) -> None:
         """Writes out what TensorBoard has not got yet."""
         if self._board is not None:

@@ -234,6 +234,11 @@ class Run:
         return self._saver.busy
 
     @property
+    def plan(self) -> Plan:
+        """Where the model's blocks live."""
+        return self._stream.plan
+
+    @property
     def in_files(self) -> list[str]:
         """Blocks of the disk tier that are read from the model's own files; see `zo2jax.stream.Stream`."""
         return sorted(self._stream.in_files)
@@ -321,6 +326,13 @@ class Run:
         self._metrics.evaluated[self.steps_done] = number(loss)
         self._metrics.write({"step": self.steps_done, "eval/loss": number(loss)})
         return loss
+
+    def note(self, step: int, values: Mapping[str, float | str]) -> None:
+        """Gives TensorBoard, if the run writes for it, further numbers of a step (every tenth) or texts, by name.
+
+        ``metrics.jsonl`` does not have them: its lines are the same whether somebody looks or not.
+        """
+        self._metrics.note(step, values)
 
     def flush(self) -> None:
         """Applies the last step's update, waits for it, and writes the step's metrics."""

@@ -9,7 +9,7 @@ by matrix, and takes the members of the population one block further; where they
 the next ones follow in visits of their own, while the block is there.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -36,7 +36,7 @@ from zo2jax.plan import Plan, following, room
 from zo2jax.stores import FOLDS_OF_FILES, Pages, Store, Tiers, result
 from zo2jax.tail import Tail
 from zo2jax.updates import Rounding, Update
-from zo2jax.visits import ReadOnly
+from zo2jax.visits import ReadOnly, Stage
 
 Members = tuple[jax.Array, jax.Array]
 """Keys of directions, typed [K], and rows of a probe matrix, float32 [M, K]."""
@@ -382,6 +382,16 @@ class Stream(Mapping[str, Params]):
             return out
 
         return visit
+
+    def look(self, name: str, see: Callable[[Stage, Any], Sequence[Any]]) -> None:
+        """Has ``see`` look at a block while it is on the device; nothing of the block changes.
+
+        It is given the block's stage, and (pages, other leaves, pages that it shares, ids) as programs are given them.
+        It returns what it made of them: the block stays until that is there.
+        """
+        self._check_whole()
+        i = self._number[name]
+        self._put(i, None, see(self._stages[i], (*self._take(i), self._tied(i), self._ids[i])))
 
     def probe_visits(self, probes: Members, then: bool = False) -> Visit:
         """Visits of the probes, for generation; rows stand member by member, [M b, ...].

@@ -6,7 +6,6 @@ import math
 import signal
 import tempfile
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -16,7 +15,7 @@ from typing import Any
 import jax
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from zo2jax.config import Config, ConfigError
 from zo2jax.config_files import load_config
@@ -24,10 +23,12 @@ from zo2jax.metrics import read_metrics, write_atomically
 from zo2jax.models.blocks import forward
 from zo2jax.models.hub import load
 from zo2jax.models.model import Model
+from zo2jax.monitor import Monitor
 from zo2jax.objectives import Generated, mean_loss
 from zo2jax.plan import Plan
 from zo2jax.replay import read_journal
-from zo2jax.run import Run, StepInfo
+from zo2jax.run import Run
+from zo2jax.selected import keep, select, selected
 from zo2jax.stream import Stream
 from zo2jax.tasks.encoding import TaskBatches, TaskHeldOut
 from zo2jax.tasks.prepare import InParts, Prepared, prepare
@@ -65,14 +66,20 @@ def train(config: Config, console: Console | None = None) -> Result:
     console = console or Console()
     model = load_model(config)
     data = prepare(config, model)
-    plan = _plan(replace(config, probe_batch=_members_at_once(config)), model, data)
+    at_once = _members_at_once(config)
+    plan = _plan(replace(config, probe_batch=at_once), model, data)
     console.print(
         f"{config.model}: {model.parameter_count:,} parameters, {model.dtype}, on {jax.devices()[0].device_kind}; "
         f"{data.summary}"
     )
+    asked, (config, measured) = config, select(config, model, data, plan, console)
+    if asked.train_blocks:  # plans are of what trains
+        plan = _plan(replace(config, probe_batch=at_once), model, data)
     if plan.tiers:
         console.print(plan.summary, highlight=False)
-    run = _open_run(config, model, data, plan)
+    run = _open_run(config, model, data, plan, asked)
+    if measured is not None:
+        keep(measured, run.directory)
     del model  # the run holds its own copy
     if run.in_files:
         console.print(f"{len(run.in_files)} of the blocks on the disk are read from the model's own files")
@@ -83,13 +90,13 @@ def train(config: Config, console: Console | None = None) -> Result:
             console.print(f"going on after step {run.steps_done} in {run.directory}")
             _check(run, config, data, console)  # the run may have been killed before it did
         patient = False
-        with _Display(console, config, run.steps_done) as display:
+        with Monitor(run, config.steps, console=console) as monitor:
             try:
                 for batch in run.remaining(data.batches):
                     if patient := _waited(run.held_out, config.patience):
                         break
                     info = run.step(batch)
-                    display.show(info)
+                    monitor.show(info)
                     _check(run, config, data, console)
                     if interrupted.is_set():
                         break
@@ -149,8 +156,8 @@ def _largest(batches: Any) -> Any:
     return batches.encoded.batch([longest], batches.batch)
 
 
-def _open_run(config: Config, model: Model, data: Prepared, plan: Plan) -> Run:
-    """The run that a config describes."""
+def _open_run(config: Config, model: Model, data: Prepared, plan: Plan, asked: Config) -> Run:
+    """The run that a config describes, made of the one that was asked for."""
     return Run(
         model,
         config.make_estimator(),
@@ -160,8 +167,8 @@ def _open_run(config: Config, model: Model, data: Prepared, plan: Plan) -> Run:
         plan=plan,
         rounding=config.make_rounding(),
         loss=data.loss,
-        config=config.as_json(),
-        may_grow=config.may_grow(),
+        config=asked.as_json(),
+        may_grow=asked.may_grow(),
         max_skipped=config.max_skipped,
         tensorboard=config.tensorboard,
         sync_every=config.sync_every,
@@ -173,13 +180,15 @@ def _open_run(config: Config, model: Model, data: Prepared, plan: Plan) -> Run:
 def open_elsewhere(config: Config, directory: str | Path) -> tuple[Run, Prepared]:
     """The run that a config describes, begun anew in another directory than its own, and its data; for measurements.
 
+    With ``train_blocks`` it trains those that the config's run chose, or all if that has not begun.
+
     Raises:
         FileNotFoundError, ValueError: for bad input, before anything is written.
     """
-    config = replace(config, probe_batch=_members_at_once(config), directory=str(directory))
+    config = replace(selected(config), probe_batch=_members_at_once(config), directory=str(directory))
     model = load_model(config)
     data = prepare(config, model)
-    return _open_run(config, model, data, _plan(config, model, data)), data
+    return _open_run(config, model, data, _plan(config, model, data), config), data
 
 
 def _evaluate_best(config: Config, data: Prepared, console: Console) -> dict[str, float]:
@@ -321,40 +330,3 @@ def _interruptible() -> Iterator[threading.Event]:
         yield event
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-class _Display:
-    """The progress bar: loss, projected gradient, tokens/s and time left, read five times a second at most."""
-
-    def __init__(self, console: Console, config: Config, done: int):
-        self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task: TaskID = self._progress.add_task("train", total=config.steps, completed=done, numbers="")
-        self._total, self._tokens = config.steps, 0
-        self._shown = time.monotonic()
-
-    def __enter__(self) -> "_Display":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def show(self, info: StepInfo) -> None:
-        """Shows a step, unless another was shown less than 0.2 s ago."""
-        elapsed = time.monotonic() - self._shown
-        self._tokens += info.tokens
-        if self._progress.disable or (elapsed < 0.2 and info.step < self._total):
-            return
-        g = math.sqrt(float((info.projected_gradient**2).sum()))
-        rate, self._tokens = self._tokens / elapsed, 0
-        numbers = f"loss {float(info.loss):.3f}  |g| {g:8.3g}  {rate:,.0f} tokens/s"
-        self._progress.update(self._task, completed=info.step, numbers=numbers)
-        self._shown = time.monotonic()

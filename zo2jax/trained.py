@@ -19,6 +19,7 @@ from zo2jax.models.model import Model
 from zo2jax.models.prefix import prefixed
 from zo2jax.replay import read_journal, replay
 from zo2jax.restored import Restored
+from zo2jax.selected import selected
 from zo2jax.shapes import shaped
 from zo2jax.tasks.prepare import first_tokens
 
@@ -95,7 +96,7 @@ def _find(directory: str | Path, best: bool) -> _Found:
     folder = Path(directory).expanduser()
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{directory} holds no config.json: expected the directory of a run")
-    config = load_config(str(folder))
+    config = selected(load_config(str(folder)))
     model, estimator = load_model(config), config.make_estimator()
     first_order: tuple[str, ...] = ()
     if (hybrid := config.make_hybrid()) is not None:

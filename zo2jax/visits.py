@@ -4,7 +4,7 @@ One is of several blocks: it goes through the last ones and back (`backpropagate
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from zo2jax.directions import Direction
-from zo2jax.factored import Beside, Factors
+from zo2jax.directions import Direction, matrix_shape
+from zo2jax.factored import Basis, Beside, Factors, Sum
 from zo2jax.leaves import is_trained
 from zo2jax.models.blocks import Block, Kind, Params, block_of, kinds, set_leaf
 from zo2jax.models.layers import Batch, Cache
@@ -50,6 +50,12 @@ class Stage:
     def differs(self) -> bool:
         """Whether the block is another one for each member."""
         return self.moves or not self.frozen.issuperset(name for name, _ in self.tied)
+
+    def only(self, names: Collection[str]) -> "Stage":
+        """The same, of whose leaves that are trained only these are, by the names that the block has for them."""
+        every = [name for name, _ in (*self.layout.matrices, *self.tied)]
+        frozen = self.frozen | frozenset({*every, *self.layout.rest} - set(names))
+        return _stage(self.kind, self.layout, self.tied, frozen)
 
     def numbers(self, matrices: Sequence[tuple[str, Place]]) -> tuple[int, ...]:
         """Which of some matrices are not trained."""
@@ -343,6 +349,27 @@ def plain(
         for name, of, i in _matrices(stage, (pages, rest, tied, beside), ids, None, (None, None), how)[1]:
             set_leaf(leaves, name, _as_leaf(block, of.weight(i, None)))
     return block.extend(leaves, carry, batch, cache)
+
+
+@partial(jax.jit, static_argnames=_STATIC)
+def branch(
+    stage: Stage, pages: Any, rest: Any, tied: Any, ids: Any, probes: Any, carry: Any, batch: Batch,
+    direction: Direction, rounding: Rounding,
+) -> Any:  # fmt: skip
+    """One block for members along low-rank directions of the weights as they are: carries [M, ...].
+
+    Pages are only read, whatever a run trains with; all keys of the probes have one V.
+    """
+
+    def beside(matrices: Sequence[tuple[str, Place]]) -> tuple[Sum | None, ...]:
+        rows = [None if name in stage.frozen else matrix_shape(place.shape)[0] for name, place in matrices]
+        return tuple(None if n is None else Sum(jnp.zeros((n, direction.rank))) for n in rows)
+
+    basis = Basis(probes[0][0, 1], jnp.float32(0))
+    held = pages, rest, tied, Beside(beside(stage.layout.matrices), beside(stage.tied), basis)
+    run = lambda block, leaves, carry: block.apply(leaves, carry, batch)  # noqa: E731
+    how = {"direction": direction, "rounding": rounding}
+    return _members(stage, held, ids, None, probes, run, carry, how)[0]
 
 
 @partial(jax.jit, static_argnames=_STATIC, donate_argnames="cache")
