@@ -124,6 +124,11 @@ def test_bytes_and_ratios_of_a_step(tmp_path, tier, moved, on_disk):
         floor = 2 * found["up_gib"] / found[f"{name}_both_gib_s"] * 1e3
         assert found[f"{name}_floor_ms"] == pytest.approx(floor)
         assert found[f"{name}_ratio"] == pytest.approx(found["ms"] / floor)
+    operations = 2 * 2 * 8 * (4 * 64 * 64 + 2 * 64 * 128 + 256 * 64)  # two members, 8 tokens; but for attention
+    assert found["compute_floor_ms"] * found["compute_tflops"] * 1e9 == pytest.approx(operations, rel=0.05)
+    floors = {name: found[f"{name}_floor_ms"] or 0 for name in ("link", "disk", "compute")}
+    assert found["floor_ms"] == floors[found["bound"]] == max(floors.values())
+    assert found["floor_ratio"] == pytest.approx(found["ms"] / found["floor_ms"])
     assert not list(tmp_path.iterdir())
 
 
@@ -136,8 +141,9 @@ def test_throughput_prints_a_table_and_writes_all_numbers(tmp_path, capsys, in_t
     expected = {"device", "versions", "setting", "parameters", "kernels", "load_s", "first_step_s", "ms", "times_ms"}
     expected |= {"tokens_per_s", "peak_device_gib", "nvml_process_gib", "nvml_device_gib", "peak_host_gib"}
     expected |= {f"{way}_gib{per}" for way in ("up", "down") for per in ("", "_s")}
-    expected |= {f"link_{name}" for name in ("up_gib_s", "down_gib_s", "both_gib_s", "floor_ms", "ratio")}
-    expected |= {f"disk_{name}" for name in ("both_gib_s", "floor_ms", "ratio")}
+    expected |= {f"link_{name}" for name in ("up_gib_s", "down_gib_s", "both_gib_s", "floor_ms", "ratio", "share")}
+    expected |= {f"disk_{name}" for name in ("read_gib_s", "both_gib_s", "floor_ms", "ratio")}
+    expected |= {"compute_tflops", "compute_floor_ms", "compute_ratio", "floor_ms", "floor_ratio", "bound"}
     assert set(found) == expected and len(found["times_ms"]) == 2
     assert "step / floor" in (out := capsys.readouterr().out) and "zo2" not in out.replace("zo2jax", "")
 
@@ -210,33 +216,63 @@ def test_layouts_that_are_measured():
 
 
 def test_each_row_of_the_ablation_has_one_part_more():
-    parts = [(one.pinned, one.prefetch, one.overlap, one.kernels) for _, one in rows(replace(TINY, prefetch=2))]
-    assert parts == [
+    found = [row.setting for row in rows(replace(TINY, prefetch=2))]
+    parts = [(one.pinned, one.prefetch, one.overlap, one.kernels) for one in found]
+    assert parts[:5] == [
         (False, 0, False, False),
         (True, 0, False, False),
         (True, 2, False, False),
         (True, 2, True, False),
         (True, 2, True, True),
     ]
-    assert rows(TINY)[-1][1] == TINY
+    assert rows(TINY)[4].setting == TINY and set(parts[5:]) == {parts[4]}
 
 
-def test_ablation_prints_a_table_and_writes_all_numbers(tmp_path, capsys, in_this_process):
+def test_rows_differ_from_the_one_that_they_are_compared_with_by_their_change():
+    found = {row.name: row for row in rows(TINY)}
+    changes = {}
+    for row in list(found.values())[5:]:
+        was = vars(found[row.against].setting)
+        changes[row.name.strip()] = {key for key, value in vars(row.setting).items() if value != was[key]}
+    assert changes == {
+        "int8 codes instead": {"format", "refresh"},
+        "low-rank directions instead": {"mode"},
+        "low-rank, and int8 codes and products": {"format", "compute"},
+    }
+    assert [row.against for row in found.values()][5:7] == ["+ fused kernels"] * 2
+    factored = replace(TINY, mode="factored", format="int8")
+    assert [row.setting for row in rows(factored)][4:] == [factored]
+
+
+def test_ablation_prints_a_table_and_writes_all_numbers(tmp_path, capsys, monkeypatch):
+    found = measure(replace(TINY, steps=1), False)
+    monkeypatch.setattr(ablation, "measured", lambda name, f, one, rates, env: found | {"setting": vars(one)})
     file = tmp_path / "found.json"
     words = ["--model", "opt-tiny", "--layers", "1", "--tokens", "8", "--steps", "1"]
     run(arguments("ablation", *words, "--json", str(file)))
     found = json.loads(file.read_text())
-    assert [row["name"] for row in found["rows"]] == [name for name, _ in rows(TINY)]
+    assert [row["name"] for row in found["rows"]] == [row.name for row in rows(TINY)]
+    assert found["setting"] == vars(replace(TINY, steps=1)) and found["rows"][-1]["setting"]["format"] == "int8"
     assert all(row["ms"] > 0 and "link_both_gib_s" not in row for row in found["rows"])
     assert found["device"] == jax.devices()[0].device_kind and found["setting"]["kernels"]
     out = capsys.readouterr().out
     assert "+ overlapped write-back" in out and "+ fused kernels" in out
 
 
-def test_gains_are_against_the_row_above_and_the_first():
-    times = [{"name": name, "ms": ms} for name, ms in (("a", 12.0), ("b", 6.0), ("c", 4.0))]
+@pytest.mark.slow
+def test_every_row_of_the_ablation_runs():
+    times = {row.name: measure(replace(row.setting, steps=1), False)["ms"] for row in rows(TINY)}
+    assert len(times) == 8 and min(times.values()) > 0
+
+
+def test_gains_are_against_the_row_without_the_change_and_the_first():
+    given = (("a", 12.0, None), ("b", 6.0, "a"), ("c", 3.0, "b"), ("d", 4.0, "b"))
+    times = [{"name": name, "ms": ms, "against": against} for name, ms, against in given]
     table = report.ablation_table(times, "title")
-    assert [list(table.columns[i].cells) for i in (2, 3)] == [["-", "2.00", "1.50"], ["1.00", "2.00", "3.00"]]
+    assert [list(table.columns[i].cells) for i in (2, 3)] == [
+        ["-", "2.00", "2.00", "1.50"],
+        ["1.00", "2.00", "4.00", "3.00"],
+    ]
 
 
 def test_without_kernels_nothing_else_is_chosen(monkeypatch):

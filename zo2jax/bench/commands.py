@@ -1,4 +1,4 @@
-"""The arguments of ``zo2jax bench step | throughput | ablation | trace | replay | checkpoint | population``."""
+"""The arguments of ``zo2jax bench step | throughput | ablation | trace | replay | checkpoint | population | ..``."""
 
 import argparse
 import sys
@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from zo2jax.bench import compare, suite
 from zo2jax.bench.ablation import ablation
 from zo2jax.bench.keeping import CHECKPOINT, REPLAY, measure_checkpoint, measure_replay
 from zo2jax.bench.peers import DTYPES, Peer, asked, measure_peer, named
@@ -98,6 +99,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub = commands.add_parser("population", help="adapters along many directions at once, and one after the other")
     _add_population(sub)
 
+    suite.add_arguments(commands.add_parser("suite", help="many named measurements in a folder; the same goes on"))
+    compare.add_arguments(commands.add_parser("compare", help="two files of numbers: what has become worse"))
+
 
 def _add_population(sub: argparse.ArgumentParser) -> None:
     default = Population("tiny")
@@ -141,7 +145,20 @@ def _add_setting(sub: argparse.ArgumentParser, json: bool = True) -> None:
     sub.add_argument("--directory", metavar="FOLDER", help="where page files are made (a temporary folder)")
     if json:
         sub.add_argument("--steps", type=int, default=default.steps, help="steps that are timed, each by itself")
+        sub.add_argument("--warm-ups", type=int, default=default.warm_ups, help="steps before them, after the first")
         sub.add_argument("--json", metavar="FILE", help="write all numbers here")
+
+
+def setting_from(arguments: argparse.Namespace) -> Setting:
+    """What parsed arguments of ``zo2jax bench throughput`` describe.
+
+    >>> parser = argparse.ArgumentParser()
+    >>> add_arguments(parser)
+    >>> setting_from(parser.parse_args(["throughput", "--model", "opt-tiny", "--tier", "disk"])).tier
+    'disk'
+    """
+    names = {field.name for field in fields(Setting)}
+    return Setting(**{name: value for name, value in vars(arguments).items() if name in names})
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -162,8 +179,10 @@ def run(arguments: argparse.Namespace) -> None:
         given = {name: value for name, value in vars(arguments).items() if name in names}
         population(Population(**given | {"targets": tuple(arguments.targets)}), arguments.json)
         return
-    names = {field.name for field in fields(Setting)}
-    setting = Setting(**{name: value for name, value in vars(arguments).items() if name in names})
+    if arguments.bench in ("suite", "compare"):
+        (suite if arguments.bench == "suite" else compare).run(arguments)
+        return
+    setting = setting_from(arguments)
     if arguments.bench == "ablation":
         ablation(setting, arguments.json)
     elif arguments.bench == "trace":

@@ -8,7 +8,7 @@ from typing import Any
 from zo2jax.bench import zo2_step
 from zo2jax.bench.process import run
 from zo2jax.bench.shapes import SHAPES
-from zo2jax.bench.throughput import WARM_UPS, Setting
+from zo2jax.bench.throughput import Setting
 from zo2jax.models.opt import OptConfig
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -79,13 +79,13 @@ def asked(setting: Setting) -> dict[str, Any]:
     }
 
 
-def measure_peer(peer: Peer, setting: Setting) -> dict[str, Any]:
+def measure_peer(peer: Peer, setting: Setting, limit_s: float | None = None) -> dict[str, Any]:
     """Runs a peer in its own Python, with times and memory under the names of `zo2jax.bench.throughput.measure`.
 
     Its peak is that of PyTorch's allocator; what that had reserved stands beside it.
 
     Raises:
-        RuntimeError: if it does not run, with the end of what it wrote.
+        RuntimeError: if it does not run, with the end of what it wrote, or takes longer than ``limit_s`` seconds.
 
     >>> import sys, tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -99,12 +99,12 @@ def measure_peer(peer: Peer, setting: Setting) -> dict[str, Any]:
     True
     """
     work = {"rows": setting.rows, "tokens": setting.tokens, "dtype": peer.dtype}
-    work |= {"warm_ups": WARM_UPS, "steps": setting.steps}
+    work |= {"warm_ups": setting.warm_ups, "steps": setting.steps}
     folder = Path(peer.folder).expanduser().resolve()
     # The script's text, since its folder holds modules whose names others have too.
     command = [peer.python, "-c", Path(zo2_step.__file__).read_text(), json.dumps({"config": asked(setting), **work})]
     try:
-        output = run("peer zo2", command, env={"PYTHONPATH": str(folder)}, cwd=folder)
+        output = run("peer zo2", command, env={"PYTHONPATH": str(folder)}, cwd=folder, limit_s=limit_s)
     except OSError as error:
         raise RuntimeError(f"the peer zo2 cannot be run by {peer.python} ({error.strerror})") from error
     found: dict[str, Any] = json.loads(output.splitlines()[-1])

@@ -13,18 +13,18 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console
 
+from zo2jax.bench.backpropagation import Adapters, backpropagate
 from zo2jax.bench.process import machine, measured, memory, new_file
 from zo2jax.bench.report import figures_table, save
 from zo2jax.bench.shapes import SHAPES, Work, random_model
 from zo2jax.bench.throughput import NO_PREALLOCATION, WARM_UPS, timed_step
 from zo2jax.directions import Direction, lora
 from zo2jax.estimators import Estimator, averaged, two_point
-from zo2jax.models.blocks import Kind, Params, Source, kinds, set_leaf, tied_leaves, with_tied
+from zo2jax.models.blocks import Source
 from zo2jax.models.layers import product
 from zo2jax.models.model import Model
 from zo2jax.optimizers import sgd
@@ -197,77 +197,14 @@ def _repeated(f: Callable[..., Any], *arguments: Any) -> float:
     return seconds / calls * 1e3
 
 
-class _Adapted:
-    """W + s B A, a `zo2jax.models.layers.Weight` that can be differentiated with respect to A and B."""
-
-    def __init__(self, w: jax.Array, b: jax.Array, a: jax.Array, scale: float):
-        self._w, self._b, self._a, self._scale = w, b, a, scale
-        self.shape, self.dtype = w.shape, w.dtype
-
-    def __getitem__(self, key: Any) -> "_Adapted":
-        return self
-
-    def product(self, x: jax.Array, dtype: Any) -> jax.Array:
-        y, thin = product(x, self._w, dtype), product(x, self._a.astype(x.dtype), x.dtype)
-        return (y.astype(jnp.float32) + self._scale * product(thin, self._b.astype(x.dtype), jnp.float32)).astype(dtype)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _forward(kind: Kind, scale: float, adapters: Params, leaves: Params, carry: Any, batch: Any) -> Any:
-    held = jax.tree.map(lambda x: x, leaves)
-    for name, (b, a) in adapters.items():
-        set_leaf(held, name, _Adapted(flat(leaves)[name], b, a, scale))
-    out = kind.block.apply(held, carry, batch)
-    return out[0] / out[1] if isinstance(out, tuple) else out
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _pulled_back(
-    kind: Kind, scale: float, adapters: Params, leaves: Params, carry: Any, batch: Any, given: Any
-) -> tuple[Any, Any]:
-    """(gradient of the adapters, of the carry): the block is computed again."""
-    _, pull = jax.vjp(lambda adapters, carry: _forward(kind, scale, adapters, leaves, carry, batch), adapters, carry)
-    return pull(given)
-
-
 def _backward(model: Model, setting: Population, batch: Any) -> float:
     """Milliseconds of a step of Adam on the same adapters by backpropagation, each block's activations made again."""
-    params = {name: jax.tree.map(jnp.asarray, model.source[name]) for name in model.source}
-    direction, rng = setting.direction, np.random.default_rng(0)
-    adapters: dict[str, Any] = {block.name: {} for block in model.blocks}
-    for block, leaves in params.items():
-        for name, leaf in flat(leaves).items():
-            if leaf.ndim == 2 and block != "embed" and direction.trains(f"{block}.{name}"):
-                a = rng.normal(size=(setting.rank, leaf.shape[1])) / math.sqrt(3 * leaf.shape[1])
-                adapters[block][name] = jnp.zeros((leaf.shape[0], setting.rank)), jnp.asarray(a, jnp.float32)
-    optimizer = optax.adam(1e-4)
-    state, scale = [adapters, optimizer.init(adapters)], direction.adapter
-    blocks = list(zip(model.blocks, kinds(model.blocks), strict=True))
-    first = next(i for i, (block, _) in enumerate(blocks) if adapters[block.name])
-
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def moved(adapters: Any, opt_state: Any, gradient: Any) -> Any:
-        with jax.numpy_dtype_promotion("standard"):
-            change, opt_state = optimizer.update(gradient, opt_state)
-        return optax.apply_updates(adapters, change), opt_state
+    learner = Adapters(model, optax.adam(1e-4), setting.direction)
 
     def step() -> float:
-        start, carries, carry = time.perf_counter(), list[Any](), jnp.zeros(())
-        for i, (block, kind) in enumerate(blocks):
-            carries.append(carry if i else None)
-            held = with_tied(params[block.name], tied_leaves(block, params))
-            carry = _forward(kind, scale, state[0][block.name], held, carries[-1], batch)
-        loss, given, gradient = carry, jnp.ones((), jnp.float32), dict[str, Any]()
-        for i in range(len(blocks) - 1, first - 1, -1):
-            block, kind = blocks[i]
-            held = with_tied(params[block.name], tied_leaves(block, params))
-            gradient[block.name], given = _pulled_back(
-                kind, scale, state[0][block.name], held, carries.pop(), batch, given
-            )
-        gradient |= {block.name: {} for block, _ in blocks[:first]}
-        state[:] = moved(*state, gradient)
-        float(loss)
-        jax.block_until_ready(state[1])
+        start = time.perf_counter()
+        float(backpropagate(model.blocks, learner, batch))
+        jax.block_until_ready(learner.adapters)
         return time.perf_counter() - start
 
     return _median(step, setting.steps)

@@ -35,20 +35,27 @@ def serve() -> None:
     print(json.dumps(answer))
 
 
-def measured(name: str, function: Callable[..., Any], *arguments: Any, env: Mapping[str, str] | None = None) -> Any:
+def measured(
+    name: str,
+    function: Callable[..., Any],
+    *arguments: Any,
+    env: Mapping[str, str] | None = None,
+    limit_s: float | None = None,
+) -> Any:
     """What ``function(*arguments)`` gives in a Python of its own, by way of JSON.
 
-    ``name`` says in errors what was measured; ``env`` is added to the environment.
+    ``name`` says in errors what was measured; ``env`` is added to the environment; after ``limit_s`` seconds it ends.
 
     Raises:
-        RuntimeError: if it fails, with the end of what it wrote.
+        RuntimeError: if it fails, with the end of what it wrote, or takes too long.
 
     >>> measured("step", int, "x")
     Traceback (most recent call last):
     RuntimeError: the measurement of 'step' failed: invalid literal for int() with base 10: 'x'
     """
     code = "from zo2jax.bench.process import serve; serve()"
-    output = run(f"measurement of {name!r}", [sys.executable, "-c", code], pickle.dumps((function, arguments)), env)
+    command, given = [sys.executable, "-c", code], pickle.dumps((function, arguments))
+    output = run(f"measurement of {name!r}", command, given, env, limit_s=limit_s)
     answer = json.loads(output.splitlines()[-1])
     if "refusal" in answer:
         raise RuntimeError(f"the measurement of {name!r} failed: {answer['refusal']}")
@@ -56,17 +63,26 @@ def measured(name: str, function: Callable[..., Any], *arguments: Any, env: Mapp
 
 
 def run(
-    name: str, command: list[str], stdin: bytes = b"", env: Mapping[str, str] | None = None, cwd: Path | None = None
+    name: str,
+    command: list[str],
+    stdin: bytes = b"",
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    limit_s: float | None = None,
 ) -> str:
     r"""The standard output of a command.
 
     Raises:
-        RuntimeError: if it fails, with the end of its standard error.
+        RuntimeError: if it fails, with the end of its standard error, or takes longer than ``limit_s`` seconds.
 
     >>> run("echo", ["echo", "hello"])
     'hello\n'
     """
-    done = subprocess.run(command, input=stdin, capture_output=True, env={**os.environ, **(env or {})}, cwd=cwd)
+    how: dict[str, Any] = {"env": {**os.environ, **(env or {})}, "cwd": cwd, "timeout": limit_s}
+    try:
+        done = subprocess.run(command, input=stdin, capture_output=True, **how)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"the {name} took longer than its limit of {limit_s:g} s, and was ended") from error
     if done.returncode:
         tail = done.stderr.decode(errors="replace").strip()[-_TAIL:]
         raise RuntimeError(f"the {name} failed with status {done.returncode}:\n{tail}")

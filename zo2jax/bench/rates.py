@@ -1,4 +1,4 @@
-"""What the link and the disk can do: the pages of a step moved as the stream moves them, with nothing computed.
+"""What link, disk and products can do: the pages of a step moved as the stream moves them, with nothing computed.
 
 So the rates have the sizes of a step's transfers, and its mix of both ways, and are the floor of a step's time.
 """
@@ -9,14 +9,20 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from queue import Queue
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from zo2jax.files import OnDisk, Pages
 from zo2jax.link import Link
+from zo2jax.models.layers import compute_dtype
 from zo2jax.pages import Layout
 from zo2jax.plan.measure import randomize
 from zo2jax.stores import result
@@ -25,6 +31,7 @@ _TOTAL = 2 * 2**30
 _ROUNDS = 3
 _WORKERS = 4  # as many as a stream has
 _WINDOW = 3  # blocks at a time, as with one that is uploaded ahead
+_PRODUCTS = 10  # in a row, so that the device waits for nobody
 
 
 def floor_ms(moved: float, rate: float) -> float:
@@ -48,7 +55,7 @@ def sample(layouts: Sequence[Layout], total: int = _TOTAL) -> list[Layout]:
     return [layout for i, layout in enumerate(full) if i < _WINDOW or before[i] < total]
 
 
-def disk_rate(layouts: Sequence[Layout], directory: Path) -> float:
+def disk_rate(layouts: Sequence[Layout], directory: Path, *, read_only: bool = False) -> float:
     """Bytes per second of page files, those read and those written together, in the stream's mix of both.
 
     The pages pass through the stores of a run, to the device and back, with their checksums.
@@ -56,6 +63,7 @@ def disk_rate(layouts: Sequence[Layout], directory: Path) -> float:
     Args:
         layouts: of the blocks that are moved, one at least; each has a file.
         directory: where the files are made, and removed again.
+        read_only: whether they are read alone, as where weights never change.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -74,7 +82,35 @@ def disk_rate(layouts: Sequence[Layout], directory: Path) -> float:
             stores.append(store := OnDisk(link, workers, staging, path, layout))
             stack.callback(store.close)
             store.fill(_randomize_all)
-        return 2 * sum(layout.nbytes for layout in layouts) / _seconds(lambda: _sweep(stores))
+        ways, sweep = (1, _read) if read_only else (2, _sweep)
+        return ways * sum(layout.nbytes for layout in layouts) / _seconds(lambda: sweep(stores))
+
+
+def product_rate(compute: str = "bf16") -> float:
+    """Operations per second of a large product x W^T, two for each pair of numbers that is multiplied.
+
+    Args:
+        compute: "bf16" for products of the dtype that bfloat16 weights are multiplied in; "int8" for those of codes.
+
+    >>> product_rate("bf16") > 0 and product_rate("int8") > 0
+    True
+    """
+    size = 8192 if jax.default_backend() == "gpu" else 512
+    given, out = (jnp.int8, jnp.int32) if compute == "int8" else [compute_dtype(jnp.dtype(jnp.bfloat16))] * 2
+    square = jnp.ones((size, size), given)
+    product = jax.jit(partial(lax.dot_general, dimension_numbers=(((1,), (1,)), ((), ())), preferred_element_type=out))
+    work = lambda: jax.block_until_ready([product(square, square) for _ in range(_PRODUCTS)])  # noqa: E731
+    return _PRODUCTS * 2 * size**3 / _seconds(work)
+
+
+def _read(stores: Sequence[OnDisk]) -> None:
+    """Each is read, the next one ahead of it."""
+    coming = deque(store.upload() for store in stores[:_WINDOW])
+    for store in stores[_WINDOW:]:
+        coming.popleft().result()
+        coming.append(store.upload())
+    for one in coming:
+        one.result()
 
 
 def _sweep(stores: Sequence[OnDisk]) -> None:
@@ -106,7 +142,7 @@ def _randomize_all(pages: list[np.ndarray]) -> None:
         randomize(page.view(np.uint8))
 
 
-def _seconds(move: Callable[[], None]) -> float:
+def _seconds(move: Callable[[], Any]) -> float:
     """The median time of a call, after one that warms up."""
     times = []
     for _ in range(_ROUNDS + 1):

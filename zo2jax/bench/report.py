@@ -84,8 +84,13 @@ _LINES = (  # what it is called, the figures, digits, and the figures of a peer 
     ("floor of the link, ms", ("link_floor_ms",), 1, None),
     ("  step / floor", ("link_ratio",), 2, None),
     ("disk, read and written, GiB/s", ("disk_both_gib_s",), 2, None),
+    ("disk, read, GiB/s", ("disk_read_gib_s",), 2, None),
     ("floor of the disk, ms", ("disk_floor_ms",), 1, None),
     ("  step / floor", ("disk_ratio",), 2, None),
+    ("products, TFLOP/s", ("compute_tflops",), 1, None),
+    ("floor of the products, ms", ("compute_floor_ms",), 1, None),
+    ("  step / floor", ("compute_ratio",), 2, None),
+    ("step / the highest floor", ("floor_ratio",), 2, None),
 )
 
 
@@ -132,16 +137,17 @@ def throughput_table(found: Numbers) -> Table:
 
 
 def ablation_table(rows: Sequence[Numbers], of: str) -> Table:
-    """A line for each row: its time, how many times faster it is than the row above and the first one, device memory.
+    """A line for each row: its time, how many times faster it is than that without its change and the first, memory.
 
-    >>> ablation_table([{"name": "a", "ms": 4.0}, {"name": "b", "ms": 2.0}], "title").row_count
+    >>> ablation_table([{"name": "a", "ms": 4.0}, {"name": "b", "ms": 2.0, "against": "a"}], "title").row_count
     2
     """
-    table = Table(title=of)
-    for column in ("", "ms", "x above", "x first", "peak GiB", "probes by"):
+    table, by_name = Table(title=of), {row["name"]: row for row in rows}
+    for column in ("", "ms", "x without", "x first", "peak GiB", "probes by"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    for above, row in zip([{}, *rows], rows, strict=False):
-        gains = [number(ratio(before.get("ms"), row["ms"])) for before in (above, rows[0])]
+    for row in rows:
+        without = by_name.get(row.get("against"), {})
+        gains = [number(ratio(before.get("ms"), row["ms"])) for before in (without, rows[0])]
         table.add_row(
             row["name"], number(row["ms"], 1), *gains, number(row.get("peak_device_gib")), row.get("kernels", "-")
         )

@@ -30,8 +30,14 @@ _NEW_TOKENS = 32
 
 
 @contextmanager
-def _steps(what: str, model: Model, batch: Any) -> Iterator[Callable[[], Any]]:
-    """A function that does one step and returns what to wait for."""
+def stepping(what: str, model: Model, batch: Any) -> Iterator[Callable[[], Any]]:
+    """A function that does one step of `WHAT`, and returns what to wait for.
+
+    >>> model = random_model("tiny", 1)
+    >>> with stepping("forward", model, Work(tokens=8).batch(256)) as step:
+    ...     len(step())
+    2
+    """
     estimator, optimizer = two_point(1e-3), sgd(1e-6)
     with ExitStack() as stack:
         if what == "forward":
@@ -76,7 +82,7 @@ def measure(what: str, shape: str, layers: int | None, work: Work) -> dict[str, 
         "parameters": model.parameter_count,
         "weights_gib": sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(owned_shapes(model.blocks))) / 2**30,
     }
-    with _steps(what, model, batch) as step:
+    with stepping(what, model, batch) as step:
         del model
         start = time.perf_counter()
         jax.block_until_ready(step())

@@ -15,7 +15,7 @@ import jax
 
 from pallas_kernels.implementations import choose
 from zo2jax.bench.process import machine, memory
-from zo2jax.bench.rates import disk_rate, floor_ms, sample
+from zo2jax.bench.rates import disk_rate, floor_ms, product_rate, sample
 from zo2jax.bench.shapes import SHAPES, Work, random_model
 from zo2jax.directions import dense, lowrank
 from zo2jax.estimators import Estimator, two_point
@@ -40,7 +40,7 @@ _MOST_TERMS = 64
 """Steps between two folds of dense directions over codes, each of which adds to the time of the next."""
 
 WARM_UPS = 3
-"""Steps that are not timed, after the first."""
+"""Steps that are not timed, after the first, unless a setting says otherwise."""
 
 NO_PREALLOCATION = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 """The environment in which NVML counts what a run needs, and not what JAX sets aside."""
@@ -80,6 +80,8 @@ class Setting:
     """A budget such as "4GiB", within which blocks stay on the device; if None, all blocks are in the tier."""
     steps: int = 10
     """That are timed, each by itself."""
+    warm_ups: int = WARM_UPS
+    """Steps that are not timed, after the first; where there are folds, those of a period."""
     directory: str | None = None
     """Where page files are made; the system's temporary folder if None."""
     overlap: bool = True
@@ -99,6 +101,7 @@ class Setting:
             ("rows", 1),
             ("tokens", 2),
             ("steps", 1),
+            ("warm_ups", 0),
             ("prefetch", 0),
             ("rank", 1),
             ("refresh", 0),
@@ -131,6 +134,25 @@ class Setting:
         format = None if self.format is None else named(self.format, self.group, compute=self.compute)
         return random_model(self.model, self.layers, format=format)
 
+    def expected(self, model: Model) -> Plan:
+        """What `zo2jax.plan.plan` makes of the setting: its tiers, and the bytes and operations of a step.
+
+        >>> Setting("opt-tiny", tokens=8).expected(random_model("opt-tiny", 1)).budget.operations > 1e6
+        True
+        """
+        sizes: dict[str, Any] = {"tokens": self.tokens, "rows": self.rows, "prefetch": self.prefetch}
+        return plan(model, self.estimator, tier=self.tier, device_memory=self.device_memory, **sizes)
+
+    def operations(self, model: Model) -> float:
+        """Floating-point operations of a step's products.
+
+        >>> Setting("opt-tiny", tokens=8).operations(random_model("opt-tiny", 1)) > 1e6
+        True
+        """
+        budget = self.expected(model).budget
+        assert budget is not None
+        return budget.operations
+
     def plan(self, model: Model) -> Plan:
         """Where the blocks live.
 
@@ -140,8 +162,7 @@ class Setting:
         if self.device_memory is None:
             made = Plan(dict.fromkeys((block.name for block in model.blocks), self.tier), self.prefetch)
         else:
-            sizes: dict[str, Any] = {"tokens": self.tokens, "rows": self.rows, "prefetch": self.prefetch}
-            made = plan(model, self.estimator, tier=self.tier, device_memory=self.device_memory, **sizes)
+            made = self.expected(model)
         return replace(made, overlap=self.overlap, pinned=self.pinned)
 
 
@@ -181,11 +202,12 @@ def timed_step(run: Run, batch: Any) -> float:
 
 
 def measure(setting: Setting, rates: bool = True) -> dict[str, Any]:
-    """Times a step; counts its bytes and peak memory; with ``rates``, measures what link and disk could do at best.
+    """Times a step; counts its bytes and peak memory; with ``rates``, measures what link, disk, products could do.
 
     Times end in _s or _ms, GiB in _gib, GiB per second in _gib_s; what does not apply is None. A floor is the bytes of
     a step by the rate at which the same pages move both ways, or only up if they are only read, without any
-    computation; a ratio is a step's time in it.
+    computation; or the operations of its products by the rate of a large one. A ratio is a step's time in it.
+    ``floor_ms`` is the highest, and ``bound`` its name; ``link_share`` the rate of a step's bytes in what the link can.
 
     >>> measure(Setting("opt-tiny", tokens=4096))
     Traceback (most recent call last):
@@ -200,15 +222,16 @@ def measure(setting: Setting, rates: bool = True) -> dict[str, Any]:
             found["kernels"] = choose("perturb", None)
         found["first_step_s"] = timed_step(run, batch)
         period = setting.period
-        for _ in range(period or WARM_UPS):  # with the first fold, whose program is compiled then
+        for _ in range(period or setting.warm_ups):  # with the first fold, whose program is compiled then
             timed_step(run, batch)
         count = -(-setting.steps // period) * period if period else setting.steps
         found["times_ms"] = [timed_step(run, batch) * 1e3 for _ in range(count)]
         found |= memory()
+        operations = setting.operations(run.model) if rates else 0.0
     found |= _step_ms(found["times_ms"], setting)
     found |= _moving(found["ms"], layouts, down=not setting.estimator.direction.read_only)
     found["tokens_per_s"] = setting.rows * setting.tokens / found["ms"] * 1e3
-    return found | (_floors(setting, found["ms"], layouts, on_disk) if rates else {})
+    return found | (_floors(setting, found["ms"], layouts, on_disk, operations) if rates else {})
 
 
 def _step_ms(times: list[float], setting: Setting) -> dict[str, float]:
@@ -241,20 +264,31 @@ def _moving(ms: float, layouts: list[Layout], *, down: bool) -> dict[str, float]
     return {"up_gib": moved, "down_gib": moved * down, "up_gib_s": rate, "down_gib_s": rate * down}
 
 
-def _floors(setting: Setting, ms: float, layouts: list[Layout], on_disk: list[Layout]) -> dict[str, float | None]:
-    """What link and disk can do, and how near a step comes."""
-    names = ("link_up_gib_s", "link_down_gib_s", "link_both_gib_s", "link_floor_ms", "link_ratio")
-    found: dict[str, float | None] = dict.fromkeys((*names, "disk_both_gib_s", "disk_floor_ms", "disk_ratio"))
+def _floors(
+    setting: Setting, ms: float, layouts: list[Layout], on_disk: list[Layout], operations: float
+) -> dict[str, Any]:
+    """What link, disk and products can do, and how near a step comes."""
+    of_link = ("link_up_gib_s", "link_down_gib_s", "link_both_gib_s", "link_floor_ms", "link_ratio", "link_share")
+    of_disk = ("disk_read_gib_s", "disk_both_gib_s", "disk_floor_ms", "disk_ratio")
+    found: dict[str, Any] = dict.fromkeys(of_link + of_disk)
+    read_only = setting.estimator.direction.read_only
+    ways = 1 if read_only else 2
     if pages := sample(layouts):
         rates = link_rates(pages, pinned=setting.pinned)
         found |= {f"link_{way}_gib_s": rate / 2**30 for way, rate in rates._asdict().items()}
-        read_only = setting.estimator.direction.read_only
-        found |= _against("link", ms, layouts, *((1, rates.up) if read_only else (2, rates.both)))
-    if (pages := sample(on_disk)) and not setting.estimator.direction.read_only:
+        found |= _against("link", ms, layouts, ways, rates.up if read_only else rates.both)
+        found["link_share"] = 1 / found["link_ratio"]
+    if pages := sample(on_disk):
         with tempfile.TemporaryDirectory(dir=setting.directory) as directory:
-            rate = disk_rate(pages, Path(directory))
-        found |= {"disk_both_gib_s": rate / 2**30} | _against("disk", ms, on_disk, 2, rate)
-    return found
+            rate = disk_rate(pages, Path(directory), read_only=read_only)
+        found[f"disk_{'read' if read_only else 'both'}_gib_s"] = rate / 2**30
+        found |= _against("disk", ms, on_disk, ways, rate)
+    found["compute_tflops"] = (rate := product_rate(setting.compute)) / 1e12
+    found["compute_floor_ms"] = floor = operations / rate * 1e3
+    found["compute_ratio"] = ms / floor
+    floors = {name: found[f"{name}_floor_ms"] or 0.0 for name in ("link", "disk", "compute")}
+    found["bound"] = bound = max(floors, key=lambda name: floors[name])
+    return found | {"floor_ms": floors[bound], "floor_ratio": ms / floors[bound]}
 
 
 def _against(name: str, ms: float, layouts: list[Layout], ways: int, rate: float) -> dict[str, float]:
