@@ -22,6 +22,7 @@ def _compiled_once(tmp_path_factory: pytest.TempPathFactory) -> None:
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     jax.config.update("jax_compilation_cache_dir", str(shared / "compiled"))
+    os.environ["ZO2JAX_CACHE"] = str(shared / "cache")  # of the machine's rates
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 

@@ -144,6 +144,9 @@ def test_throughput_prints_a_table_and_writes_all_numbers(tmp_path, capsys, in_t
     expected |= {f"link_{name}" for name in ("up_gib_s", "down_gib_s", "both_gib_s", "floor_ms", "ratio", "share")}
     expected |= {f"disk_{name}" for name in ("read_gib_s", "both_gib_s", "floor_ms", "ratio")}
     expected |= {"compute_tflops", "compute_floor_ms", "compute_ratio", "floor_ms", "floor_ratio", "bound"}
+    expected |= {f"expected_{name}" for name in ("ms", "peak_device_gib", "peak_host_gib")}
+    expected |= {f"{name}_expected_ratio" for name in ("ms", "peak_device_gib", "peak_host_gib")}
+    assert found["ms_expected_ratio"] == pytest.approx(found["expected_ms"] / found["ms"])
     assert set(found) == expected and len(found["times_ms"]) == 2
     assert "step / floor" in (out := capsys.readouterr().out) and "zo2" not in out.replace("zo2jax", "")
 

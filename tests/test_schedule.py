@@ -201,7 +201,7 @@ def test_small_budgets_take_members_in_parts():
 
 
 def test_a_machine_is_measured_once_and_kept(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("ZO2JAX_CACHE", str(tmp_path))
     measured = []
 
     def measure_machine():

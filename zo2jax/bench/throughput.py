@@ -16,6 +16,7 @@ import jax
 from pallas_kernels.implementations import choose
 from zo2jax.bench.process import machine, memory
 from zo2jax.bench.rates import disk_rate, floor_ms, product_rate, sample
+from zo2jax.bench.report import ratio
 from zo2jax.bench.shapes import SHAPES, Work, random_model
 from zo2jax.directions import dense, lowrank
 from zo2jax.estimators import Estimator, two_point
@@ -25,7 +26,7 @@ from zo2jax.models.model import Model
 from zo2jax.optimizers import sgd
 from zo2jax.pages import Layout
 from zo2jax.plan import Plan, Tier, plan
-from zo2jax.plan.measure import link_rates
+from zo2jax.plan.measure import link_rates, this_machine
 from zo2jax.run import Run
 from zo2jax.stream import Stream
 
@@ -143,16 +144,6 @@ class Setting:
         sizes: dict[str, Any] = {"tokens": self.tokens, "rows": self.rows, "prefetch": self.prefetch}
         return plan(model, self.estimator, tier=self.tier, device_memory=self.device_memory, **sizes)
 
-    def operations(self, model: Model) -> float:
-        """Floating-point operations of a step's products.
-
-        >>> Setting("opt-tiny", tokens=8).operations(random_model("opt-tiny", 1)) > 1e6
-        True
-        """
-        budget = self.expected(model).budget
-        assert budget is not None
-        return budget.operations
-
     def plan(self, model: Model) -> Plan:
         """Where the blocks live.
 
@@ -227,11 +218,29 @@ def measure(setting: Setting, rates: bool = True) -> dict[str, Any]:
         count = -(-setting.steps // period) * period if period else setting.steps
         found["times_ms"] = [timed_step(run, batch) * 1e3 for _ in range(count)]
         found |= memory()
-        operations = setting.operations(run.model) if rates else 0.0
+        planned = setting.expected(run.model)
     found |= _step_ms(found["times_ms"], setting)
     found |= _moving(found["ms"], layouts, down=not setting.estimator.direction.read_only)
     found["tokens_per_s"] = setting.rows * setting.tokens / found["ms"] * 1e3
-    return found | (_floors(setting, found["ms"], layouts, on_disk, operations) if rates else {})
+    if not rates:
+        return found
+    assert planned.budget is not None
+    found |= _floors(setting, found["ms"], layouts, on_disk, planned.budget.operations)
+    return found | _beside(setting, planned, found)
+
+
+def _beside(setting: Setting, planned: Plan, found: dict[str, Any]) -> dict[str, Any]:
+    """What the plan expects on this machine, in the units of what was measured; a ratio is the expected in that."""
+    if not (setting.overlap and setting.pinned and setting.kernels):
+        return {}
+    budget = planned.budget
+    assert budget is not None
+    refresh = budget.refresh and (setting.refresh or None)  # and not that of the folds that were timed
+    planned = replace(planned, budget=replace(budget, refresh=refresh))
+    expected = {"ms": planned.expected(this_machine()) * 1e3, "peak_device_gib": budget.peak / 2**30}
+    expected["peak_host_gib"] = planned.host() / 2**30
+    figures = {f"expected_{name}": value for name, value in expected.items()}
+    return figures | {f"{name}_expected_ratio": ratio(value, found[name]) for name, value in expected.items()}
 
 
 def _step_ms(times: list[float], setting: Setting) -> dict[str, float]:

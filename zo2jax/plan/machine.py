@@ -163,14 +163,14 @@ def known(name: str) -> Machine:
 
 
 def cache_file(kind: str) -> Path:
-    """Where the rates of a machine with a device of this kind are kept.
+    """Where the rates of a machine with a device of this kind are kept: in ``ZO2JAX_CACHE``, or the usual folder.
 
     >>> cache_file("NVIDIA H200").name
     'nvidia-h200.json'
     """
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "zo2jax"
     name = re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-")
-    return Path(base).expanduser() / "zo2jax" / "machines" / f"{name}.json"
+    return Path(os.environ.get("ZO2JAX_CACHE") or usual).expanduser() / "machines" / f"{name}.json"
 
 
 def find(name: str) -> Machine:
