@@ -66,9 +66,13 @@ def test_pretrain_tiny(tmp_path, monkeypatch, capsys):
 def test_compare_estimators(tiny_folder, text_file, tmp_path, monkeypatch, capsys):
     example = load_example("compare_estimators.py")
     monkeypatch.setattr(example, "ESTIMATORS", dict(list(example.ESTIMATORS.items())[::3]))
-    options = {"passes": 160, "seeds": 2, "batch": 2, "tokens": 16, "output": tmp_path / "estimators.png"}
+    options = {"steps": 40, "seeds": 2, "batch": 2, "tokens": 16, "output": tmp_path / "estimators.png"}
+    with pytest.raises(ValueError, match="seconds has 1 numbers, expected one for each of two_point, one_sided"):
+        example.main(seconds=(0.5,))
+    few, many = example.expected("opt-1.3b", "h200", 1, 64)
+    assert few <= many < 1.5 * few  # bound by the link
     found = example.main(str(tiny_folder), str(text_file), **options)
-    assert list(found) == ["two_point", "one_sided(8)"] and all(x.shape == (2, 11) for x in found.values())
+    assert list(found) == ["two_point", "one_sided(8)"] and all(x.shape == (2, 41) for x in found.values())
     assert all(np.isfinite(x).all() and (x[0] != x[1]).any() and (x[:, 0] == x[0, 0]).all() for x in found.values())
     assert (tmp_path / "estimators.png").read_bytes()[1:4] == b"PNG"
     assert f"-> {found['two_point'][:, -1].mean():.4f} (" in capsys.readouterr().out
