@@ -121,7 +121,8 @@ def flags_of(setting: Setting) -> list[str]:
     for field in fields(Setting):
         value = getattr(setting, field.name)
         if field.name not in always and value != getattr(default, field.name):
-            found += [f"--{field.name.replace('_', '-')}", str(value)]
+            flag = f"--{field.name.replace('_', '-')}"
+            found += ["--no-kernels"] if field.name == "kernels" else [flag, str(value)]
     return found
 
 

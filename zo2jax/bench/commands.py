@@ -143,6 +143,8 @@ def _add_setting(sub: argparse.ArgumentParser, json: bool = True) -> None:
     sub.add_argument("--prefetch", type=int, default=default.prefetch, help="blocks that are uploaded ahead")
     sub.add_argument("--device-memory", metavar="SIZE", help="keep as many blocks on the device as fit, such as 4GiB")
     sub.add_argument("--directory", metavar="FOLDER", help="where page files are made (a temporary folder)")
+    kernels = "updates and probes by XLA, as on GPUs older than Hopper"
+    sub.add_argument("--no-kernels", action="store_false", dest="kernels", help=kernels)
     if json:
         sub.add_argument("--steps", type=int, default=default.steps, help="steps that are timed, each by itself")
         sub.add_argument("--warm-ups", type=int, default=default.warm_ups, help="steps before them, after the first")
