@@ -197,6 +197,66 @@ def test_small_budgets_take_members_in_parts():
     assert whole.probe_batch is None and parts.probe_batch < 32 and parts.budget.peak <= whole.budget.peak // 3
 
 
+@pytest.mark.parametrize(("pairs", "probe_batch"), [(3, None), (5, None), (33, None), (2, 4), (3, 1)])
+def test_what_is_refused_is_device_memory_and_what_is_named_is_enough(pairs, probe_batch):
+    estimator = zo.averaged(zo.two_point(1e-3), pairs)
+    options = {"rows": 8, "tier": "auto", "machine": known("h200"), "probe_batch": probe_batch}
+    with pytest.raises(ValueError, match=r"device memory is 0.2 GiB, and a step needs") as refusal:
+        plan(bare(SHAPES["opt-1.3b"]), estimator, device_memory="0.2GiB", **options)
+    assert ("with 4 members at a time" if probe_batch == 4 else "with one member at a time") in str(refusal.value)
+    named = re.search(r"needs ([\d.]+ GiB)", str(refusal.value))[1]
+    made = plan(bare(SHAPES["opt-1.3b"]), estimator, device_memory=named, **options)
+    assert made.budget.peak <= float(named.split()[0]) * GIB and made.probe_batch == (probe_batch or 1)
+
+
+def test_buffers_of_files_have_room_for_masters():
+    model, estimator = bare(SHAPES["opt-1.3b"]).with_format(int4()), zo.two_point(1e-3, direction=zo.lowrank(2))
+    within = {"tokens": 64, "tier": "auto", "machine": known("h200"), "device_memory": "0.6GiB"}
+    with pytest.raises(ValueError, match="of disk space do not hold") as refusal:
+        plan(model, estimator, host_memory="2.2GiB", disk_space="1GiB", **within)
+    disk, host = re.search(r"or ([\d.]+ GiB) of disk space with ([\d.]+ GiB)", str(refusal.value)).groups()
+    assert "disk" in plan(model, estimator, host_memory=host, disk_space=disk, **within).tiers.values()
+
+
+def test_formats_are_those_that_a_run_can_have():
+    options = {"tokens": 16, "tier": "auto", "machine": known("h200"), "formats": (int4(),)}
+    with pytest.raises(ValueError, match="formats of codes with the direction normal: expected a direction with which"):
+        plan(bare(SMALL), **options)
+    for direction in (zo.dense(refresh=8), zo.lowrank(2), zo.dense(targets=("*.norm*",))):
+        assert plan(bare(SMALL), zo.two_point(1e-3, direction=direction), **options)
+    config = Config(model="shape:opt-1.3b", direction="lowrank", refresh=0, format="int8", compute="int8", batch=1)
+    alone, asked = (planner.outlooks(config, planner.Asked(("h200",), formats=f))[0] for f in ((), ("int8",)))
+    assert asked.plan.expected(known("h200")) == alone.plan.expected(known("h200"))
+
+
+def test_cpus_have_one_memory_and_ties_stay_on_the_device():
+    machine = replace(known("h200"), backend="cpu", device_memory=0, host_memory=8 * GIB)
+    made = plan(bare(SHAPES["opt-13b"]), tier="auto", machine=machine, disk_space="64GiB")
+    assert made.budget.peak <= 8 * GIB and set(made.tiers.values()) > {"disk"}
+    machine = replace(machine, host_memory=64 * GIB)
+    assert set(plan(bare(SHAPES["opt-1.3b"]), tier="auto", machine=machine).tiers.values()) == {"device"}
+
+
+def test_models_all_of_whose_blocks_stay():
+    stages = {name: (lambda p, x: x * p["w"], {"w": jnp.ones(2)}) for name in "ab"}
+    model = zo.blocks(stages, loss=lambda y, batch: y.sum(1))
+    options = {"batch": jnp.ones((1, 2)), "tier": "auto", "machine": known("h200")}
+    assert set(plan(model, **options).tiers.values()) == {"device"}
+    with pytest.raises(ValueError, match=r"device memory is .* GiB, and a step needs"):
+        plan(model, device_memory=100, **options)
+
+
+def test_matrices_that_stay_are_read_once_and_never_written_back():
+    biases = zo.averaged(zo.two_point(1e-3, direction=zo.dense(targets=("*.bias",))), 8)
+    made = plan(bare(SHAPES["opt-1.3b"]), biases, machine=known("h200"))
+    assert not [span for span in made.timeline(known("h200")).spans if span.lane == "write-back"]
+    works = {work.name: work for work in made.budget.works}
+    assert works["layers.3.mlp"].read == works["layers.3.mlp"].size and works["layers.3.mlp"].draws == 0
+    low = zo.two_point(1e-3, direction=zo.lowrank(2, refresh=10, targets=("head.*",)))
+    made = plan(bare(SHAPES["opt-1.3b"]), low, machine=known("h200"))
+    assert made.fold(known("h200")) == pytest.approx(2 * made.budget.sizes["head"] / known("h200").both / 10)
+
+
 # --- machines ---------------------------------------------------------------------------------------------------------
 
 
@@ -210,16 +270,20 @@ def test_a_machine_is_measured_once_and_kept(tmp_path, monkeypatch):
 
     monkeypatch.setattr(measure, "measure_machine", measure_machine)
     for _ in range(2):
-        measure.this_machine.cache_clear()
+        measure._rates.cache_clear()
         assert measure.this_machine().products == known("h200").products
     assert len(measured) == 1 and cache_file("cpu").is_file()
     planner.machine(again=True)
     assert len(measured) == 2
-    cache_file("cpu").write_text("{}")
-    measure.this_machine.cache_clear()
-    with pytest.raises(ValueError, match=r"cpu.json holds no machine .*: expected what `zo2jax machine` wrote"):
-        measure.this_machine()
-    measure.this_machine.cache_clear()
+    for text in ("{}", "", '{"up": 1, "down": 1, "both": 1, "products": 1, "memory": 0}'):
+        cache_file("cpu").write_text(text)
+        with pytest.raises(ValueError, match=r"cpu.json holds no machine .*: expected what `zo2jax machine` wrote"):
+            Machine.read(cache_file("cpu"))
+        measure._rates.cache_clear()
+        assert measure.this_machine(tmp_path / "no" / "such").disk_space > 0  # measured, and kept, again
+        assert Machine.read(cache_file("cpu")) == known("h200")
+    assert len(measured) == 5
+    measure._rates.cache_clear()
 
 
 def test_machines_by_name_and_file(tmp_path):
@@ -227,7 +291,7 @@ def test_machines_by_name_and_file(tmp_path):
     assert find(str(tmp_path / "m.json")) == known("a100") == find("a100")
     with pytest.raises(ValueError, match="machine 'h300': expected one of h200, h100, a100, rtx4090, or a file"):
         find("h300")
-    with pytest.raises(ValueError, match=r"memory of a machine is -1\.0: expected 0 or more"):
+    with pytest.raises(ValueError, match=r"memory of a machine is -1\.0: expected a positive number"):
         Machine(1.0, 1.0, 1.0, 1.0, -1.0)
 
 
@@ -255,6 +319,14 @@ def test_more_micro_batches_where_rows_do_not_fit():
     assert found.plan is None and "a step needs 1.11 GiB at least" in found.refused
 
 
+def test_a_prefix_is_planned_and_a_tail_is_not():
+    config = Config(model="shape:opt-1.3b", prefix=5, batch=1, tokens=64)
+    (found,) = planner.outlooks(config, planner.Asked(("h200",)))
+    assert found.plan is not None and not any(work.moves for work in found.plan.budget.works)
+    with pytest.raises(ValueError, match="tier=auto, first_order=head: expected tier=host"):
+        Config(model="shape:opt-1.3b", tier="auto", first_order="head")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -274,7 +346,7 @@ def test_what_cannot_be_planned(arguments, message, capsys):
 def test_a_run_of_a_shape_with_a_plan_of_its_own(tmp_path, monkeypatch, capsys):
     """Random weights and tokens, within a device memory that holds some of the blocks."""
     machine = replace(known("h200"), backend="cpu")
-    monkeypatch.setattr(import_module("zo2jax.plan.planning"), "this_machine", lambda: machine)
+    monkeypatch.setattr(import_module("zo2jax.config"), "this_machine", lambda folder: machine)
     least, most = (plan(shaped("shape:tiny"), tokens=8, rows=2, tier=tier).budget.peak for tier in ("host", "device"))
     config = Config(model="shape:tiny", steps=2, batch=2, tokens=8, directory=str(tmp_path / "run"), eval_every=2)
     result = train(replace(config, tier="auto", device_memory=f"{(least + most) // 2}B"))

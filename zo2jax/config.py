@@ -14,6 +14,7 @@ from zo2jax.formats import Format, named
 from zo2jax.models.model import Model
 from zo2jax.optimizers import Optimizer, clip_by_running_scale, sgd
 from zo2jax.plan import Plan, parse_size, plan
+from zo2jax.plan.measure import this_machine
 from zo2jax.updates import ROUNDINGS, Rounding
 
 _LOW_RANK = ("lowrank", "lora")
@@ -231,6 +232,10 @@ class Config:
             raise ConfigError(
                 f"first_order={self.first_order}, objective={self.objective}: expected an objective with a gradient"
             )
+        if self.first_order and self.tier == "auto":
+            raise ConfigError(
+                f"tier=auto, first_order={self.first_order}: expected tier=host, as plans do not know what a tail takes"
+            )
         for name in ("seed", "data_seed"):
             if not 0 <= getattr(self, name) < 2**32:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected an integer from 0 to 2**32 - 1")
@@ -349,6 +354,7 @@ class Config:
             probe_batch=self.probe_batch or None,
             prefetch=self.prefetch,
             rounding=self.make_rounding(),
+            machine=this_machine(self.directory) if self.tier == "auto" else None,
         )
 
     def make_format(self, of_folder: Format | None) -> Format | None:

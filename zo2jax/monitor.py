@@ -17,7 +17,7 @@ from rich.table import Table
 from zo2jax.metrics import memory_peaks, read_metrics
 from zo2jax.plan import Plan
 from zo2jax.plan.machine import Machine, cache_file
-from zo2jax.plan.measure import measure_link, this_machine
+from zo2jax.plan.measure import measure_link
 from zo2jax.run import Run, StepInfo
 
 _SHOWN_EVERY, _LINE_EVERY, _MEMORY_EVERY = 1.0, 30.0, 1.0  # seconds
@@ -224,9 +224,10 @@ def expected_seconds(plan: Plan, machine: Machine) -> float | None:
 
 def _expected(plan: Plan) -> float | None:
     """By rates that were measured before; measures nothing, which takes seconds, and device memory."""
-    if not cache_file(jax.devices()[0].device_kind).is_file():
+    try:
+        return expected_seconds(plan, Machine.read(cache_file(jax.devices()[0].device_kind)))
+    except (OSError, ValueError):  # none was measured, or by another version
         return None
-    return expected_seconds(plan, this_machine())
 
 
 class Monitor:

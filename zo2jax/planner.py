@@ -18,8 +18,9 @@ from zo2jax.models.hub import load
 from zo2jax.models.model import Model
 from zo2jax.plan import Machine, Plan, Tier, plan
 from zo2jax.plan.machine import cache_file, find, known
-from zo2jax.plan.measure import this_machine
+from zo2jax.plan.measure import forget, this_machine
 from zo2jax.shapes import shaped
+from zo2jax.trained import begun
 
 _GIB = 2**30
 _USUAL = ("rtx4090", "h100", "h200")
@@ -97,7 +98,7 @@ def model_of(config: Config) -> Model:
     True
     """
     made = shaped(config.model, config.dtype) or load(config.model, dtype=config.dtype or None, weights=False)
-    return made.with_format(config.make_format(made.format))
+    return begun(config, made.with_format(config.make_format(made.format)))
 
 
 def outlooks(config: Config, asked: Asked) -> list[Outlook]:
@@ -108,7 +109,7 @@ def outlooks(config: Config, asked: Asked) -> list[Outlook]:
     Raises:
         ValueError: for a machine or a format that is not known.
     """
-    model, codes = model_of(config), [named(name, None) for name in asked.formats if name != "bf16"]
+    model, codes = model_of(config), [_codes(config, name) for name in asked.formats if name != "bf16"]
     if len(codes) > 1 or any(name not in ("bf16", "int8", "int4") for name in asked.formats):
         raise ValueError(f"formats {', '.join(asked.formats)}: expected bf16, one of int8 and int4, or both")
     formats: tuple[Format | None, ...] = (*(None for name in asked.formats if name == "bf16"), *codes)
@@ -117,6 +118,13 @@ def outlooks(config: Config, asked: Asked) -> list[Outlook]:
     else:
         machines = [this_machine()] if jax.default_backend() == "gpu" else [known(name) for name in _USUAL]
     return [_outlook(config, asked, model, formats, machine) for machine in machines]
+
+
+def _codes(config: Config, name: str) -> Format:
+    """The format of a name, with the config's groups, and its products if they are those of int8."""
+    if name not in ("int8", "int4"):
+        raise ValueError(f"format {name!r}: expected bf16, int8 or int4")
+    return named(name, config.group or None, compute=config.compute if name == "int8" else "bf16")
 
 
 def _outlook(config: Config, asked: Asked, model: Model, formats: Sequence[Format | None], machine: Machine) -> Outlook:
@@ -264,8 +272,7 @@ def machine(*, again: bool = False, file: str | None = None) -> Machine:
     """Prints this machine's rates, measured once and kept; ``again`` measures them anew."""
     kept = cache_file(jax.devices()[0].device_kind)
     if again:
-        kept.unlink(missing_ok=True)
-        this_machine.cache_clear()
+        forget()
     found = this_machine()
     print(found)
     print(f"kept in {kept}" if kept.is_file() else f"{kept} cannot be written: measured again each time")

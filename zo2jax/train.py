@@ -29,6 +29,7 @@ from zo2jax.plan import Plan
 from zo2jax.replay import read_journal
 from zo2jax.run import Run
 from zo2jax.selected import keep, select, selected
+from zo2jax.shapes import shaped
 from zo2jax.stream import Stream
 from zo2jax.tasks.encoding import TaskBatches, TaskHeldOut
 from zo2jax.tasks.prepare import InParts, Prepared, prepare
@@ -246,7 +247,8 @@ def evaluate(target: str, overrides: Sequence[str] = (), *, best: bool = False) 
     if is_run:
         step, model = trained_model(target, best=best)
     else:
-        step, model = 0, begun(config, load(config.model, dtype=config.dtype or None))
+        made = shaped(config.model, config.dtype) or load(config.model, dtype=config.dtype or None)
+        step, model = 0, begun(config, made)
     data = prepare(config, model)
     with _placed(config, model, data) as placed:
         if data.evaluate is not None:

@@ -122,6 +122,8 @@ def _known(cell: Cell, folder: Path, machine: Mapping[str, Any], console: Consol
         known: dict[str, Any] = json.loads(_file(cell, folder).read_text())
     except (OSError, ValueError):
         return None
+    if not isinstance(known, dict) or not isinstance(known.get("versions"), dict):
+        return None
     if not (changes := _changes(known, cell, machine)):
         return known
     if said:

@@ -70,7 +70,9 @@ class Demand:
     estimator: Estimator
     int8: bool
     trained: frozenset[str]
-    """Blocks with a leaf that is trained; those before the first one are the same for all members."""
+    """Blocks that are others for each member; those before the first one are the same for all."""
+    moving: frozenset[str]
+    """Blocks whose matrices updates change, or are made into probes."""
     largest: int
     """Bytes of the largest block as it is read."""
     batches: int = 1
@@ -118,6 +120,11 @@ class Demand:
             refresh=direction.refresh if folds else None,
             estimator=estimator,
             trained=_trained(model, direction),
+            moving=frozenset(
+                name
+                for name, layout in layouts.items()
+                if any(direction.trains(f"{name}.{leaf}") for leaf, _ in layout.matrices)
+            ),
             largest=max(layout.nbytes for layout in layouts_of(model.blocks).values()),
             int8=model.format is not None and model.format.compute == "int8",
             batches=batches,
@@ -181,7 +188,7 @@ class Demand:
         """
         weights, nbytes, codes = self.matrices[name]
         members, multiplied = self.members * self.batches, needs.operations > 0
-        moves = name in self.trained
+        moves = name in self.moving
         if first:
             members = parts = self.batches
         update, probes = self.estimator.probes.shape[1], sum(len(keys) for keys, _ in self.estimator.chunks(chunk))
@@ -202,7 +209,7 @@ class Demand:
             size=self.sizes[name],
             products=members * needs.operations,
             attention=members * needs.attention,
-            read=(parts if self.shared else members) * plain if multiplied else 0,
+            read=(parts if self.shared or not moves else members) * plain if multiplied else 0,
             traffic=members * needs.traffic + (parts * (nbytes + decoded) if codes and multiplied else 0),
             draws=draws,
             drawn=drawn,

@@ -4,11 +4,15 @@ import json
 import math
 import os
 import re
+import tempfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from zo2jax.metrics import write_atomically
+
 _GIB = 2**30
+_MAY_BE_0 = ("launch", "device_memory", "host_memory", "disk_space")
 _OF_PRODUCTS = 0.55
 """Of the rate of products is that of attention, where nothing else is known (cuDNN on an H200)."""
 
@@ -52,11 +56,13 @@ class Machine:
     """As JAX names it."""
 
     def __post_init__(self) -> None:
-        """Fills in what is not known; raises ValueError for numbers below 0."""
+        """Fills in what is not known; raises ValueError for rates that are not positive, and sizes below 0."""
         object.__setattr__(self, "int8_products", self.int8_products or self.products)
         object.__setattr__(self, "attention", self.attention or _OF_PRODUCTS * self.products)
-        if wrong := [f.name for f in fields(self) if isinstance(x := getattr(self, f.name), float) and not x >= 0]:
-            raise ValueError(f"{wrong[0]} of a machine is {getattr(self, wrong[0])}: expected 0 or more")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float | int) and not (value >= 0 if field.name in _MAY_BE_0 else value > 0):
+                raise ValueError(f"{field.name} of a machine is {value}: expected a positive number")
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -70,7 +76,8 @@ class Machine:
     def save(self, path: Path) -> None:
         """Writes it as JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({k: None if v == math.inf else v for k, v in asdict(self).items()}, indent=1) + "\n")
+        numbers = {k: None if v == math.inf else v for k, v in asdict(self).items()}
+        write_atomically(path, json.dumps(numbers, indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "Machine":
@@ -170,7 +177,11 @@ def cache_file(kind: str) -> Path:
     """
     usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "zo2jax"
     name = re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-")
-    return Path(os.environ.get("ZO2JAX_CACHE") or usual).expanduser() / "machines" / f"{name}.json"
+    try:
+        folder = Path(os.environ.get("ZO2JAX_CACHE") or usual).expanduser()
+    except RuntimeError:  # there is no home
+        folder = Path(tempfile.gettempdir()) / "zo2jax"
+    return folder / "machines" / f"{name}.json"
 
 
 def find(name: str) -> Machine:

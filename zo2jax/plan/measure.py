@@ -30,6 +30,8 @@ from zo2jax.plan.machine import Machine, cache_file
 _PAGES, _PAGE = 16, 2**25
 _COUNT, _LARGE = 6, 2**28
 """Pages as large as blocks of a model of 13 G parameters, by which the link is measured for good."""
+_SLOW = 2.0**27
+"""Bytes a second of files, where there was no room to measure it."""
 _SUSTAINED = 0.2
 """Seconds."""
 _CALLS = 2.5
@@ -114,21 +116,36 @@ def randomize(memory: np.ndarray) -> None:
     np.copyto(memory, np.resize(block, memory.nbytes))
 
 
-@lru_cache(maxsize=1)
-def this_machine() -> Machine:
+def this_machine(folder: str | Path | None = None) -> Machine:
     """The machine that this is: as it was measured before, by `zo2jax machine` or here, or else measured now.
+
+    Memory and disk space are those that are free now, the latter where ``folder`` is, or temporary files.
 
     >>> this_machine().kind == jax.devices()[0].device_kind
     True
     """
+    return replace(_rates(), **_sizes(folder))
+
+
+@lru_cache(maxsize=1)
+def _rates() -> Machine:
     path = cache_file(jax.devices()[0].device_kind)
-    if not path.is_file():
-        machine = measure_machine()
-        with contextlib.suppress(OSError):  # a home that cannot be written keeps nobody from planning
-            machine.save(path)
-    else:
-        machine = Machine.read(path)
-    return replace(machine, **_sizes())
+    with contextlib.suppress(OSError, ValueError):  # there is none, or one of another version
+        return Machine.read(path)
+    machine = measure_machine()
+    with contextlib.suppress(OSError):  # a home that cannot be written keeps nobody from planning
+        machine.save(path)
+    return machine
+
+
+def forget() -> None:
+    """Removes what is kept of this machine, so that it is measured anew.
+
+    >>> forget.__module__
+    'zo2jax.plan.measure'
+    """
+    cache_file(jax.devices()[0].device_kind).unlink(missing_ok=True)
+    _rates.cache_clear()
 
 
 def measure_machine() -> Machine:
@@ -152,22 +169,21 @@ def measure_machine() -> Machine:
         attention=_attention() if gpu else 0.0,
         draws=_draws(2**26 if gpu else 2**20),
         launch=_launch(),
-        disk=math.inf if math.isnan(both) else both,
-        disk_read=math.inf if math.isnan(both) else measure_reads(),
+        disk=_SLOW if math.isnan(both) else both,
+        disk_read=_SLOW if math.isnan(both) else measure_reads(),
         kind=device.device_kind,
         backend=jax.default_backend(),
         **_sizes(),
     )
 
 
-def _sizes() -> dict[str, Any]:
-    """Bytes that are there now."""
-    there = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-    return {
-        "device_memory": there,
-        "host_memory": available_memory(),
-        "disk_space": shutil.disk_usage(tempfile.gettempdir()).free,
-    }
+def _sizes(folder: str | Path | None = None) -> dict[str, Any]:
+    """Bytes that are there now; 1 for none, as 0 says that nobody knows."""
+    there = Path(folder or tempfile.gettempdir()).expanduser().absolute()
+    there = next(parent for parent in (there, *there.parents) if parent.is_dir())
+    device = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    sizes = {"host_memory": available_memory(), "disk_space": shutil.disk_usage(there).free}
+    return {"device_memory": device} | {name: max(1, size) for name, size in sizes.items()}
 
 
 def _transposed(x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:

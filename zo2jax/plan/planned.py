@@ -168,7 +168,9 @@ class Plan:
         budget = self.budget
         if budget is None or not budget.refresh:
             return 0.0
-        moved = {tier: sum(budget.kept(n) for n, t in self.tiers.items() if t == tier) for tier in ("host", "disk")}
+        stays = {work.name for work in budget.works if not work.moves}
+        there = {name: tier for name, tier in self.tiers.items() if name not in stays}
+        moved = {tier: sum(budget.kept(n) for n, t in there.items() if t == tier) for tier in ("host", "disk")}
         return max(2 * sum(moved.values()) / machine.both, 2 * moved["disk"] / machine.disk) / budget.refresh
 
     def expected(self, machine: Machine) -> float:

@@ -14,6 +14,7 @@ from zo2jax.formats import Format
 from zo2jax.models.blocks import owned_shapes
 from zo2jax.models.model import Model
 from zo2jax.models.traced import traced_for
+from zo2jax.pages import layouts_of
 from zo2jax.plan.demand import Demand, spread
 from zo2jax.plan.machine import Machine
 from zo2jax.plan.measure import this_machine
@@ -105,10 +106,24 @@ def plan(
             assert machine is not None
             kept = [model.with_format(format) for format in formats] or [model]
             demands = {one.format: Demand.of(one, estimator, batch, prefetch, **options) for one in kept}
-            room = Room(*(limit or there for limit, there in zip(limits, machine.sizes, strict=True)))
+            if any(one.format is not None for one in kept):
+                _check_formats(model, estimator)
+            device, host, disk = (limit or there for limit, there in zip(limits, machine.sizes, strict=True))
+            room = Room(device or (host if machine.backend == "cpu" else 0), host, disk)  # which have one memory
             return choose(demands, room, machine, own=model.format, overlap=overlap)
         demand = Demand.of(model, estimator, batch, prefetch, **options)
         return _within(replace(demand, limit=limits[0]), tier, batch, overlap)
+
+
+def _check_formats(model: Model, estimator: Estimator) -> None:
+    """Raises ValueError where codes would have to change in each step."""
+    direction, layouts = estimator.direction, layouts_of(model.blocks)
+    moves = any(direction.trains(f"{name}.{leaf}") for name, x in layouts.items() for leaf, _ in x.matrices)
+    if moves and not direction.read_only:
+        raise ValueError(
+            f"formats of codes with the direction {direction}: expected a direction with which matrices are only read, "
+            "such as zo2jax.lowrank(2), or a refresh"
+        )
 
 
 def _within(work: Demand, tier: Tier, batch: Any, overlap: bool) -> Plan:

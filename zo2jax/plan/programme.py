@@ -16,6 +16,7 @@ memory, and the faster one is taken.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -76,7 +77,7 @@ def choose(
         overlap: see `Plan`.
 
     Raises:
-        ValueError: if nothing fits, naming the smallest device memory, host memory or disk space that would.
+        ValueError: if nothing fits, naming device memory, or host memory or disk space, that would do.
     """
     single = [{format: demand} for format, demand in demands.items()] if len(demands) > 1 else []
     plans = []
@@ -86,7 +87,7 @@ def choose(
             plans += list(islice((plan for plan in found if plan is not None), 1))
     if not plans:
         raise _refusal(demands, room)
-    return min(plans, key=lambda plan: plan.expected(machine))
+    return min(plans, key=partial(_order, machine))
 
 
 def _ways(demands: Mapping[Format | None, Demand]) -> Iterator[list[dict[Format | None, Demand]]]:
@@ -97,8 +98,9 @@ def _ways(demands: Mapping[Format | None, Demand]) -> Iterator[list[dict[Format 
     first = next(iter(demands.values()))
     chunks: list[int | None] = [first.chunk]
     if first.chunk is None:
-        parts = [-(-first.at_once // n) for n in _PARTS if n <= first.at_once]
-        chunks = [None, *dict.fromkeys(n + n % 2 if n > 1 and first.at_once % 2 == 0 else n for n in parts[1:])]
+        parts = [-(-first.at_once // n) for n in _PARTS if 1 < n < first.at_once]
+        chunks += dict.fromkeys(n + n % 2 if n > 1 and first.at_once % 2 == 0 else n for n in parts)
+        chunks += [1] * (chunks[-1] != 1 and first.at_once > 1)
     for prefetch in dict.fromkeys((first.prefetch, first.prefetch + 1, 0)):
         yield [{f: replace(x, chunk=chunk, prefetch=prefetch) for f, x in demands.items()} for chunk in chunks]
 
@@ -108,7 +110,12 @@ def _best(
 ) -> Plan | None:
     """What the programme finds for one way of work, or all blocks in host memory, whichever is faster."""
     plans = _solved(demands, room, machine, own, overlap), _streamed(demands, room, own, overlap)
-    return min((x for x in plans if x is not None), key=lambda plan: plan.expected(machine), default=None)
+    return min((x for x in plans if x is not None), key=partial(_order, machine), default=None)
+
+
+def _order(machine: Machine, plan: Plan) -> tuple[float, int]:
+    """Of two plans that take as long, but for rounding, the one that moves less is the better one."""
+    return float(f"{plan.expected(machine):.6g}"), sum(plan.moved().values())
 
 
 def _groups(demands: Mapping[Format | None, Demand], machine: Machine) -> list[_Group]:
@@ -133,6 +140,8 @@ def _solved(
     if _fits(here, room):
         return here
     groups, found = _groups(demands, machine), None
+    if not groups:
+        return None
     budgets = [demand.budget([False] * len(demand.sizes)) for demand in demands.values()]
     used = max(budget.peak for budget in budgets)
     always = sum(work.seconds(machine) for work in budgets[0].works if work.name in budgets[0].stays)
@@ -219,15 +228,18 @@ def _made(
 
 def _refusal(demands: Mapping[Format | None, Demand], room: Room) -> ValueError:
     """Says what is too small, and how much would do."""
-    least = [replace(demand, chunk=1, prefetch=0).budget([False] * len(demand.sizes)) for demand in demands.values()]
-    peak = min(budget.peak for budget in least)
+    ways = [demand for among in _ways(demands) for way in among for demand in way.values()]
+    least = [demand.budget([False] * len(demand.sizes)) for demand in ways]
+    peak, asked = min(budget.peak for budget in least), next(iter(demands.values())).chunk
     if room.device and peak > room.device:
+        count = "one member" if asked in (None, 1) else f"{asked} members"
         return ValueError(
-            f"device memory is {room.device / _GIB:.4g} GiB, and a step needs {_up(peak)} GiB at least, with one "
-            "member at a time and nothing uploaded ahead: give that, or take fewer rows or tokens"
+            f"device memory is {room.device / _GIB:.4g} GiB, and a step needs {_up(peak)} GiB at least, with {count} "
+            "at a time and nothing uploaded ahead: give that, or take fewer rows or tokens"
         )
     kept = min(sum(budget.kept(name) for name in budget.sizes if name not in budget.stays) for budget in least)
-    process, most = least[0].process, max(max(budget.sizes.values()) for budget in least)
+    process = least[0].process
+    most = min(max(budget.kept(name) for name in budget.sizes) for budget in least)
     return ValueError(
         f"host memory of {room.host / _GIB:.4g} GiB and {room.disk / _GIB:.4g} GiB of disk space do not hold the blocks"
         f": expected {_up(kept + process)} GiB of host memory, or {_up(kept)} GiB of disk space with "

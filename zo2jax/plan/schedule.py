@@ -151,10 +151,11 @@ class _Lanes:
         self._tiers = [tier if work.size else "device" for work, tier in zip(works, tiers, strict=True)]
         self._streamed = [i for i, tier in enumerate(self._tiers) if tier != "device"]
         self._read_only, self._prefetch, self._overlap = read_only, prefetch, overlap
-        both = any(map(self._changes, (works[i] for i in self._streamed)))
-        self._up = machine.both / 2 if both else machine.up
+        up, down = (sum(works[i].size * w(works[i]) for i in self._streamed) for w in (lambda _: True, self._changes))
+        both = 2 * down / machine.both + (up - down) / machine.up  # while as much goes back, and what is left then
+        self._up = up / both if up else machine.up
         self._down = machine.both / 2
-        self._read = machine.disk if both else machine.disk_read
+        self._read = machine.disk if down else machine.disk_read
         self._seconds = [work.seconds(machine) for work in works]
         self._host = self._compute = self._uploaded = self._downloaded = self._files = 0.0
         self._arrived: dict[int, float] = {}  # by number in the order of uploads, over all steps
