@@ -182,7 +182,8 @@ def summary(happened: Sequence[Operation], weights: Sequence[float]) -> dict[str
     found: dict[str, Any] = {"ms": 0.0, "parts_ms": dict.fromkeys(PARTS, 0.0)}
     lanes: dict[str, dict[str, Any]] = {lane: {"busy_ms": 0.0, "amount": 0.0} for lane in LANES}
     largest: dict[str, dict[tuple[str, str], list[float]]] = {part: defaultdict(lambda: [0.0, 0.0]) for part in _DONE}
-    for window, weight in zip(windows, weights, strict=True):
+    begins = [window.start for window in windows]
+    for window, weight, then in zip(windows, weights, [*begins[1:], float("inf")], strict=True):
         length = window.end - window.start
         here = [o for o in work if o.start < window.end and o.start + o.duration > window.start]
         events = [operation.event for operation in here]
@@ -196,7 +197,8 @@ def summary(happened: Sequence[Operation], weights: Sequence[float]) -> dict[str
                 figures = largest[event.lane][operation.name, operation.scope]
                 figures[0] += weight * operation.duration
                 figures[1] += weight
-        lanes["disk"]["amount"] += weight * sum(o.nbytes for o in here if o.part.startswith("disk"))
+        begun = (o for o in work if window.start <= o.start < then)  # what goes on into the next step counts once
+        lanes["disk"]["amount"] += weight * sum(o.nbytes for o in begun if o.part.startswith("disk"))
     return found | {"lanes": lanes, "operations": {part: _largest(of_part) for part, of_part in largest.items()}}
 
 
