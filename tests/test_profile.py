@@ -375,7 +375,7 @@ def test_what_the_run_refuses_is_said():
 def test_the_command_line_from_a_config_to_its_files(text, tmp_path, monkeypatch, capsys):
     """In a process of its own; the config's directory is not touched."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("ZO2JAX_CACHE", str(tmp_path / "cache"))
     known("h200").save(cache_file(jax.devices()[0].device_kind))
     files = ["--trace", "trace", "--json", "a.json", "-o", "a.png"]
     assert cli.main(["profile", "stories260k_shakespeare", *text, "directory=mine", "--steps", "2", *files]) == 0
