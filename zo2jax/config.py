@@ -430,5 +430,22 @@ class MezoRecipe(Config):
     dtype: Literal["", "float32", "bfloat16", "float16"] = "bfloat16"
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReadOnlyRecipe(Config):
+    """One row of 2048 tokens a step on int4 weights that never change: V is drawn once, and P is an adapter.
+
+    >>> ReadOnlyRecipe(model="shape:1t").tier
+    'auto'
+    """
+
+    dtype: Literal["", "float32", "bfloat16", "float16"] = "bfloat16"
+    format: Literal["", "int8", "int4"] = "int4"
+    direction: Literal["normal", "rademacher", "lowrank", "lora"] = "lowrank"
+    refresh: int = 0
+    batch: int = 1
+    tokens: int = 2048
+    tier: Literal["device", "host", "disk", "auto"] = "auto"
+
+
 def _absolute(path: str) -> str:
     return str(Path(path).expanduser().resolve()) if path and Path(path).expanduser().exists() else path

@@ -1,7 +1,7 @@
 """`zo2jax demo`: adapts the small Llama that comes with the package from docstrings to source code, offline."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,10 +36,19 @@ def load_text_or_docstrings(model: Model, data: str, *, tokens: int, batch: int)
     >>> len(load_text_or_docstrings(load(model_folder()), "", tokens=64, batch=16).train) > 1000
     True
     """
+    return load_text_or(docstrings, model, data, tokens=tokens, batch=batch)
+
+
+def load_text_or(make: Callable[[], str], model: Model, data: str, *, tokens: int, batch: int) -> TextData:
+    """`zo2jax.tasks.text.load_text`; of a text that is made if ``data`` is empty.
+
+    >>> len(load_text_or(lambda: "All is well. " * 99, load(model_folder()), "", tokens=8, batch=2).train) > 8
+    True
+    """
     with tempfile.TemporaryDirectory() as folder:
         if not data:
-            data = str(Path(folder) / "docstrings.txt")
-            Path(data).write_text(docstrings(), encoding="utf-8")
+            data = str(Path(folder) / "text.txt")
+            Path(data).write_text(make(), encoding="utf-8")
         return load_text(model, data, tokens=tokens, batch=batch)
 
 

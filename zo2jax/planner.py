@@ -110,7 +110,7 @@ def outlooks(config: Config, asked: Asked) -> list[Outlook]:
         ValueError: for a machine or a format that is not known.
     """
     model, codes = model_of(config), [_codes(config, name) for name in asked.formats if name != "bf16"]
-    if len(codes) > 1 or any(name not in ("bf16", "int8", "int4") for name in asked.formats):
+    if len(codes) > 1:
         raise ValueError(f"formats {', '.join(asked.formats)}: expected bf16, one of int8 and int4, or both")
     formats: tuple[Format | None, ...] = (*(None for name in asked.formats if name == "bf16"), *codes)
     if asked.machines:

@@ -109,9 +109,9 @@ def result(pages: "Pages | Future[Pages]") -> Pages:
         return pages.result()
 
 
-_STAGING = 4
+STAGING = 4
 """Blocks of the disk tier that are in host memory at a time."""
-FOLDS_OF_FILES = _STAGING // 2
+FOLDS_OF_FILES = STAGING // 2
 """Of those that take a fold at a time: each holds its own pages and its masters'."""
 
 
@@ -135,11 +135,11 @@ class Tiers:
 
     def __init__(self, host: Sequence[int], disk: Sequence[int], directory: Path | None, *, pinned: bool):
         """Takes the memory that files go through."""
-        staging = [max(disk)] * _STAGING if disk else []
+        staging = [max(disk)] * STAGING if disk else []
         check_host_memory([*host, *staging])
         self._directory = directory
         self._link = Link(pinned=pinned)
-        self.workers = ThreadPoolExecutor(_STAGING, "zo2jax-stores")
+        self.workers = ThreadPoolExecutor(STAGING, "zo2jax-stores")
         """For files."""
         self._staging: queue.Queue[np.ndarray] = queue.Queue()
         self._files: list[OnDisk | InFiles] = []

@@ -17,13 +17,11 @@ from zo2jax.bench.peers import Peer, measure_peer
 from zo2jax.bench.process import machine, measured
 from zo2jax.bench.throughput import NO_PREALLOCATION, Setting, measure
 from zo2jax.link import available_memory
-from zo2jax.pages import layouts_of
+from zo2jax.stores import STAGING
 
 _GIB = 2**30
 _PROCESS = {"gpu": 5 * _GIB}
 """Host memory of a process with JAX and a GPU, beside weights; see docs/LOG.md. Elsewhere 1 GiB."""
-_STAGING = 4
-"""Blocks of host memory through which page files go."""
 
 _FIRST = (
     "opt-13b/dense/host/1",
@@ -227,17 +225,13 @@ def needs_of(what: Setting | Baseline | Goal | None) -> Needs:
         device, more = what.needs()
         host += more
     elif isinstance(what, Setting):
-        model = what.random_model
-        plan = what.expected(model)
+        plan = what.expected(what.random_model)
         assert plan.budget is not None
-        folds = what.format is not None and what.refresh
-        layouts = layouts_of(model.blocks, model.format).values()
-        masters = sum(layout.masters(False).nbytes for layout in layouts) if folds else 0
-        moved = plan.moved()
+        masters, moved = sum(plan.budget.masters.values()), plan.moved()
         device = plan.budget.peak + masters * (what.tier == "device")
         host += moved["host"] + masters * (what.tier == "host")
         disk = moved["disk"] + masters * (what.tier == "disk")
-        host += _STAGING * max(plan.budget.sizes.values()) * (what.tier == "disk")
+        host += STAGING * max(plan.budget.sizes.values()) * (what.tier == "disk")
     return Needs(0, host + device, disk) if on_cpu else Needs(device, host, disk)
 
 

@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import optax
 
 from zo2jax.bench.process import machine, memory
-from zo2jax.demo import model_folder
+from zo2jax.demo import load_text_or, model_folder
 from zo2jax.directions import lowrank
 from zo2jax.estimators import Estimator, one_sided, two_point
 from zo2jax.models.hub import load
@@ -22,7 +21,7 @@ from zo2jax.models.model import Model
 from zo2jax.optimizers import sgd
 from zo2jax.run import Run
 from zo2jax.tasks.stdlib import source_code
-from zo2jax.tasks.text import HeldOut, TextBatches, TextData, load_text
+from zo2jax.tasks.text import HeldOut, TextBatches, TextData
 
 _EPS = 1e-3
 _REFRESH = 50
@@ -77,12 +76,8 @@ class Goal:
 
     def data(self, model: Model) -> TextData:
         """The text, packed for a model."""
-        with tempfile.TemporaryDirectory() as folder:
-            file = self.text
-            if not file:
-                file = str(Path(folder) / "code.txt")
-                Path(file).write_text(source_code(_CHARACTERS), encoding="utf-8")
-            return load_text(model, file, tokens=self.tokens, batch=self.rows)
+        code = partial(source_code, _CHARACTERS)
+        return load_text_or(code, model, self.text, tokens=self.tokens, batch=self.rows)
 
 
 Trained = tuple[Callable[[int, int], None], Callable[[], float]]

@@ -30,6 +30,7 @@ from zo2jax.models.model import Model
 from zo2jax.optimizers import sgd
 from zo2jax.pages import flat
 from zo2jax.plan import Plan, Tier
+from zo2jax.plan.measure import sustained
 from zo2jax.run import Run
 
 LINES = (
@@ -178,23 +179,9 @@ def _products(model: Model, setting: Population) -> dict[str, float]:
     for (n_out, n_in), count in counts.items():
         x = jax.random.normal(jax.random.key(0), (rows, n_in)).astype(dtype)
         w = (0.02 * jax.random.normal(jax.random.key(1), (n_out, n_in))).astype(dtype)
-        total += count * _repeated(jax.jit(partial(product, dtype=dtype)), x, w)
+        total += count * sustained(jax.jit(partial(product, dtype=dtype)), x, w, least=_SUSTAINED) * 1e3
     flops = sum(2.0 * rows * n_out * n_in * count for (n_out, n_in), count in counts.items())
     return {"products_ms": total, "products_tflops": flops / total / 1e9}
-
-
-def _repeated(f: Callable[..., Any], *arguments: Any) -> float:
-    """Milliseconds of a call, once the device has been at work for so long that its clock is that of a step."""
-    jax.block_until_ready(f(*arguments))  # compiles it
-    calls, seconds = 2, 0.0
-    while seconds < _SUSTAINED:
-        calls *= 2
-        start = time.perf_counter()
-        for _ in range(calls):
-            out = f(*arguments)
-        jax.block_until_ready(out)
-        seconds = time.perf_counter() - start
-    return seconds / calls * 1e3
 
 
 def _backward(model: Model, setting: Population, batch: Any) -> float:

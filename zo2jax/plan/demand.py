@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -123,7 +123,7 @@ class Demand:
             moving=frozenset(
                 name
                 for name, layout in layouts.items()
-                if any(direction.trains(f"{name}.{leaf}") for leaf, _ in layout.matrices)
+                if any(_trains(direction, name, leaf) for leaf, _ in layout.matrices)
             ),
             largest=max(layout.nbytes for layout in layouts_of(model.blocks).values()),
             int8=model.format is not None and model.format.compute == "int8",
@@ -134,25 +134,36 @@ class Demand:
     def fitting(self, stays: Sequence[bool]) -> "Demand":
         """With the members in the fewest parts with which a step fits; in single ones if it never does."""
         for parts in range(1, self.at_once + 1):
-            chunk = -(-self.at_once // parts)
-            chunk += chunk % 2 if chunk > 1 and self.at_once % 2 == 0 else 0  # pairs share their directions
+            chunk = self.in_parts(parts)
             work = replace(self, chunk=None if parts == 1 else chunk)
             assert self.limit is not None
             if work.budget(stays).peak <= self.limit or chunk == 1:
                 break
         return work
 
+    def in_parts(self, count: int) -> int:
+        """Members at once with so many parts, or fewer: pairs, which share their directions, stay together."""
+        chunk = -(-self.at_once // count)
+        return chunk + (chunk % 2 if chunk > 1 and self.at_once % 2 == 0 else 0)
+
+    @property
+    def _chunk(self) -> int:
+        return min(self.chunk or self.at_once, self.at_once)
+
+    @property
+    def _parts(self) -> int:
+        """Visits of a block in a step."""
+        return -(-self.members // self._chunk) * self.batches
+
     def budget(self, stays: Sequence[bool]) -> Budget:
         """What a step takes if these blocks stay on the device, with those that own shared leaves or have no pages."""
         pairs = zip(stays, self.sizes.items(), strict=True)
         here = [stay or not size or name in self.owners for stay, (name, size) in pairs]
         streamed = [size for size, stay in zip(self.sizes.values(), here, strict=True) if not stay]
-        chunk, members = min(self.chunk or self.at_once, self.at_once), self.members * self.batches
+        chunk, parts, members = self._chunk, self._parts, self.members * self.batches
         waiting = (members - chunk) * max(n.carry for n in self.needs)
-        parts = -(-self.members // chunk) * self.batches
         ahead = min(_AHEAD, max(parts * _longest_run(here), parts - 1))
         carries = min(1, ahead) * max(n.carry for n in self.needs)
-        first = next((i for i, name in enumerate(self.sizes) if name in self.trained), len(self.sizes))
         return Budget(
             resident=sum(self.sizes.values()) - sum(streamed) + self.vectors,
             window=room(streamed, self.prefetch),
@@ -164,10 +175,7 @@ class Demand:
             stays=frozenset(name for stay, name in zip(here, self.sizes, strict=True) if stay),
             members=members,
             parts=parts,
-            works=tuple(
-                self._work(name, needs, chunk, parts, i < first)
-                for i, (name, needs) in enumerate(zip(self.sizes, self.needs, strict=True))
-            ),
+            works=self.works,
             read_only=self.read_only,
             masters=self.masters,
             refresh=self.refresh,
@@ -175,33 +183,37 @@ class Demand:
             batches=self.batches,
         )
 
+    @cached_property
+    def works(self) -> tuple[Work, ...]:
+        """Of the blocks in order, wherever they live."""
+        first = next((i for i, name in enumerate(self.sizes) if name in self.trained), len(self.sizes))
+        probes = sum(len(keys) for keys, _ in self.estimator.chunks(self._chunk)) * self.batches
+        pairs = enumerate(zip(self.sizes, self.needs, strict=True))
+        return tuple(self._work(name, needs, probes, i < first) for i, (name, needs) in pairs)
+
     @property
     def _copies(self) -> int:
         """Of a matrix that all members share: none of arrays; int8 codes become numbers, and products float32 ones."""
         coded = [matrices for matrices in self.matrices.values() if matrices.codes]
         return 0 if not coded else 1 if self.int8 or coded[-1].nbytes < coded[-1].codes else 2
 
-    def _work(self, name: str, needs: Needs, chunk: int, parts: int, first: bool) -> Work:
+    def _work(self, name: str, needs: Needs, probes: int, first: bool) -> Work:
         """Of a block, for all members; its matrices are read once for each visit, or for each member's own probe.
 
-        ``first`` says that it comes before all that is trained.
+        ``probes`` are the directions of all parts, and ``first`` says that it comes before all that is trained.
         """
         weights, nbytes, codes = self.matrices[name]
-        members, multiplied = self.members * self.batches, needs.operations > 0
-        moves = name in self.moving
-        if first:
-            members = parts = self.batches
-        update, probes = self.estimator.probes.shape[1], sum(len(keys) for keys, _ in self.estimator.chunks(chunk))
+        moves, multiplied = name in self.moving, needs.operations > 0
+        members, parts = (self.batches,) * 2 if first else (self.members * self.batches, self._parts)
+        update = self.estimator.probes.shape[1]
         waiting = update * (self.refresh or 0) / 2  # terms since the last fold, on average
         drawn = draws = 0.0
         if not self.read_only and moves:
             drawn = nbytes * (parts + 1 + (members if multiplied else 0))
-            draws = weights * (update + (probes * self.batches if multiplied else 0))
-        elif (
-            self.read_only and not self.shared and multiplied and moves
-        ):  # probes of codes, with all terms since the last fold
+            draws = weights * (update + (probes if multiplied else 0))
+        elif moves and multiplied and not self.shared:  # probes of codes, with all terms since the last fold
             drawn = parts * nbytes + members * 2 * weights
-            draws = weights * (probes * self.batches + parts * waiting)
+            draws = weights * (probes + parts * waiting)
         plain = nbytes if not codes else weights * (1 if self.int8 else 2)
         decoded = codes * 2 if self.shared and not self.int8 else 0
         return Work(
@@ -256,7 +268,7 @@ def _beside(layouts: Mapping[str, Layout], direction: Direction) -> int:
     total = 0
     for block, layout in layouts.items():
         for name, place in layout.matrices:
-            if direction.rank and direction.trains(f"{block}.{name}"):
+            if direction.rank and _trains(direction, block, name):
                 rows, columns = matrix_shape(place.shape)
                 total += 4 * direction.rank * (rows if direction.adapter is None else rows + columns)
     return total

@@ -73,6 +73,14 @@ class Machine:
         """
         return self.device_memory, self.host_memory, self.disk_space
 
+    def transfers(self, read_only: bool) -> tuple[float, float, int]:
+        """Rates of link and files, and the ways in which blocks pass them: up alone, or both, counted together.
+
+        >>> known("h200").transfers(True)[2], known("h200").transfers(False)[2]
+        (1, 2)
+        """
+        return (self.up, self.disk_read, 1) if read_only else (self.both, self.disk, 2)
+
     def save(self, path: Path) -> None:
         """Writes it as JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)

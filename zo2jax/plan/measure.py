@@ -190,11 +190,15 @@ def _transposed(x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
     return lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
 
 
-def _sustained(f: Callable[..., Any], *arguments: Any) -> float:
-    """Seconds of a call, once the device has been at work for so long that its clock is that of a step."""
+def sustained(f: Callable[..., Any], *arguments: Any, least: float) -> float:
+    """Seconds of a call, once the device has been at work for ``least`` seconds, so that its clock is that of a step.
+
+    >>> sustained(jnp.exp, jnp.ones(3), least=1e-4) > 0
+    True
+    """
     jax.block_until_ready(f(*arguments))
     calls, seconds = 1, 0.0
-    while seconds < (_SUSTAINED if jax.default_backend() == "gpu" else _SUSTAINED / 10):
+    while seconds < least:
         calls *= 2
         start = time.perf_counter()
         for _ in range(calls):
@@ -202,6 +206,10 @@ def _sustained(f: Callable[..., Any], *arguments: Any) -> float:
         jax.block_until_ready(out)
         seconds = time.perf_counter() - start
     return seconds / calls
+
+
+def _sustained(f: Callable[..., Any], *arguments: Any) -> float:
+    return sustained(f, *arguments, least=_SUSTAINED if jax.default_backend() == "gpu" else _SUSTAINED / 10)
 
 
 def _attention(tokens: int = 2048, heads: int = 32, size: int = 128) -> float:

@@ -14,11 +14,10 @@ from zo2jax.models.model import Model
 from zo2jax.plan.machine import Machine
 from zo2jax.plan.measure import this_machine
 from zo2jax.plan.schedule import Timeline, Work, simulate
+from zo2jax.stores import STAGING
 
 Tier = Literal["device", "host", "disk"]
 _GIB = 2**30
-BUFFERS = 4
-"""Of host memory, between files and the link, each as large as the largest block."""
 _UNITS = {"": 1} | {
     f"{prefix}{kind}": base**power
     for power, prefix in enumerate("KMGT", 1)
@@ -142,7 +141,7 @@ class Plan:
             return 0
         there = sum(self.budget.kept(name) for name, tier in self.tiers.items() if tier == "host")
         files = [self.budget.kept(name) for name, tier in self.tiers.items() if tier == "disk"]
-        return there + BUFFERS * max(files, default=0) + self.budget.process
+        return there + STAGING * max(files, default=0) + self.budget.process
 
     def files(self) -> int:
         """Bytes of page files."""
@@ -182,8 +181,7 @@ class Plan:
         if self.budget is None:
             return {}
         moved = self.moved()
-        link, ways = (machine.up, 1) if self.budget.read_only else (machine.both, 2)
-        files = machine.disk_read if self.budget.read_only else machine.disk
+        link, files, ways = machine.transfers(self.budget.read_only)
         return {
             "compute": sum(work.seconds(machine) for work in self.budget.works),
             "link": ways * sum(moved.values()) / link,

@@ -1,20 +1,19 @@
 """From a model to a plan: where the blocks go."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from zo2jax.directions import check_targets
+from zo2jax.directions import Direction, check_targets
 from zo2jax.estimators import Estimator, two_point
 from zo2jax.formats import Format
 from zo2jax.models.blocks import owned_shapes
 from zo2jax.models.model import Model
 from zo2jax.models.traced import traced_for
-from zo2jax.pages import layouts_of
 from zo2jax.plan.demand import Demand, spread
 from zo2jax.plan.machine import Machine
 from zo2jax.plan.measure import this_machine
@@ -106,8 +105,7 @@ def plan(
             assert machine is not None
             kept = [model.with_format(format) for format in formats] or [model]
             demands = {one.format: Demand.of(one, estimator, batch, prefetch, **options) for one in kept}
-            if any(one.format is not None for one in kept):
-                _check_formats(model, estimator)
+            _check_formats(demands, estimator.direction)
             device, host, disk = (limit or there for limit, there in zip(limits, machine.sizes, strict=True))
             room = Room(device or (host if machine.backend == "cpu" else 0), host, disk)  # which have one memory
             return choose(demands, room, machine, own=model.format, overlap=overlap)
@@ -115,11 +113,9 @@ def plan(
         return _within(replace(demand, limit=limits[0]), tier, batch, overlap)
 
 
-def _check_formats(model: Model, estimator: Estimator) -> None:
+def _check_formats(demands: Mapping[Format | None, Demand], direction: Direction) -> None:
     """Raises ValueError where codes would have to change in each step."""
-    direction, layouts = estimator.direction, layouts_of(model.blocks)
-    moves = any(direction.trains(f"{name}.{leaf}") for name, x in layouts.items() for leaf, _ in x.matrices)
-    if moves and not direction.read_only:
+    if not direction.read_only and any(demand.moving for format, demand in demands.items() if format is not None):
         raise ValueError(
             f"formats of codes with the direction {direction}: expected a direction with which matrices are only read, "
             "such as zo2jax.lowrank(2), or a refresh"

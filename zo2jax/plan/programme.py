@@ -26,7 +26,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from zo2jax.formats import Format
 from zo2jax.plan.demand import Demand
 from zo2jax.plan.machine import Machine
-from zo2jax.plan.planned import BUFFERS, Plan, Tier
+from zo2jax.plan.planned import Plan, Tier
+from zo2jax.stores import STAGING
 
 _GIB = 2**30
 _TIERS: tuple[Tier, ...] = ("device", "host", "disk")
@@ -98,8 +99,7 @@ def _ways(demands: Mapping[Format | None, Demand]) -> Iterator[list[dict[Format 
     first = next(iter(demands.values()))
     chunks: list[int | None] = [first.chunk]
     if first.chunk is None:
-        parts = [-(-first.at_once // n) for n in _PARTS if 1 < n < first.at_once]
-        chunks += dict.fromkeys(n + n % 2 if n > 1 and first.at_once % 2 == 0 else n for n in parts)
+        chunks += dict.fromkeys(first.in_parts(n) for n in _PARTS if 1 < n < first.at_once)
         chunks += [1] * (chunks[-1] != 1 and first.at_once > 1)
     for prefetch in dict.fromkeys((first.prefetch, first.prefetch + 1, 0)):
         yield [{f: replace(x, chunk=chunk, prefetch=prefetch) for f, x in demands.items()} for chunk in chunks]
@@ -146,7 +146,7 @@ def _solved(
     used = max(budget.peak for budget in budgets)
     always = sum(work.seconds(machine) for work in budgets[0].works if work.name in budgets[0].stays)
     for files in (False, True):
-        host = budgets[0].process + (BUFFERS * max(max(group.kept) for group in groups) if files else 0)
+        host = budgets[0].process + (STAGING * max(max(group.kept) for group in groups) if files else 0)
         for _ in range(_ROUNDS):  # what streamed blocks take together depends on which of them stay
             left = Room(*(max(1, n - m) if n else 0 for n, m in zip(room, (used, host, 0), strict=True)))
             counts = _counts(groups, left, machine, first.read_only, always, files)
@@ -243,7 +243,7 @@ def _refusal(demands: Mapping[Format | None, Demand], room: Room) -> ValueError:
     return ValueError(
         f"host memory of {room.host / _GIB:.4g} GiB and {room.disk / _GIB:.4g} GiB of disk space do not hold the blocks"
         f": expected {_up(kept + process)} GiB of host memory, or {_up(kept)} GiB of disk space with "
-        f"{_up(BUFFERS * most + process)} GiB of host memory; or take int8 or int4"
+        f"{_up(STAGING * most + process)} GiB of host memory; or take int8 or int4"
     )
 
 
@@ -259,7 +259,7 @@ def _counts(
 
     ``always`` are seconds of blocks that are in no group, ``files`` says whether there may be page files.
     """
-    link, ways, disk = (machine.up, 1, machine.disk_read) if read_only else (machine.both, 2, machine.disk)
+    link, disk, ways = machine.transfers(read_only)
     sizes, kept, seconds = (np.array([getattr(g, x) for g in groups], float)[:, None] for x in _FIGURES)
     tier = np.arange(len(_TIERS))[None, :, None]
     shape = len(groups), len(_TIERS), sizes.shape[-1]

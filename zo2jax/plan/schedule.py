@@ -126,8 +126,6 @@ def simulate(
     >>> simulate(works, ["device"] * 6, machine).seconds
     6.0
     """
-    if machine.up <= 0 or machine.products <= 0:
-        raise ValueError(f"rates of {machine}: expected positive ones")
     lanes = _Lanes(works, tiers, machine, read_only, prefetch, overlap)
     ends = [lanes.step() for _ in range(_STEPS)]
     spans = [span for span in lanes.spans if span.end > ends[-2]]
