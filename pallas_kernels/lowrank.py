@@ -107,6 +107,8 @@ def _unsuitable(y: jax.Array, x: jax.Array, v: jax.Array) -> str | None:
     """Why the kernel does not take these arguments, or None."""
     if x.dtype != jnp.bfloat16:  # x V and small parts of F leave the range of float16
         return f"x of {x.dtype}: the kernel takes bfloat16"
+    if y.dtype == jnp.float32:  # as logits, and products of int8: XLA's sum is a part of what reads it, without a pass
+        return "y of float32: the kernel takes 16 bits, tiles of which fit shared memory"
     if y.shape[1] % _ROWS or not y.size:
         return f"{y.shape[1]} rows a member: the kernel takes multiples of {_ROWS}"
     if any(n % _COLUMNS[-1] for n in (y.shape[2], x.shape[2])):

@@ -15,12 +15,13 @@ RNG = np.random.default_rng(20261129)
 KERNEL_SHAPES = [  # members, rows, n_in, n_out, rank, shared V, x, y
     (2, 64, 128, 192, 8, False, "bfloat16", "bfloat16"),
     (3, 128, 64, 128, 3, True, "bfloat16", "bfloat16"),
-    (1, 64, 320, 64, 8, False, "bfloat16", "float32"),
+    (1, 64, 320, 64, 8, False, "bfloat16", "float16"),
 ]
 SHAPES = [
     *KERNEL_SHAPES,
     (2, 5, 7, 3, 1, False, "float32", "float32"),
     (3, 33, 65, 127, 9, True, "bfloat16", "bfloat16"),
+    (1, 64, 320, 128, 8, False, "bfloat16", "float32"),
     (2, 64, 64, 64, 8, False, "float16", "float16"),
 ]
 
@@ -79,11 +80,17 @@ def test_it_has_the_derivative_of_xla(implementation):
 
 @NEEDS_KERNELS
 @pytest.mark.skipif(ON_GPU, reason="lowered on the CPU")
-def test_the_kernel_lowers_for_cuda(monkeypatch):
-    monkeypatch.setattr(importlib.import_module("pallas_kernels.lowrank"), "choose", lambda *_: "mosaic")
-    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arguments(2, 64, 256, 128, 8, False, *["bfloat16"] * 2)]
-    lowered = jax.jit(partial(add_lowrank, implementation="mosaic")).trace(*shapes).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("mosaic_gpu") >= 1
+@pytest.mark.parametrize(("y", "kernels"), [("bfloat16", 1), ("float16", 1), ("float32", 0)])
+@pytest.mark.parametrize("columns", [64, 128])
+def test_the_kernel_lowers_for_cuda_and_fits_shared_memory(columns, y, kernels, monkeypatch):
+    def choose(operation, name, limit):
+        return "xla" if limit else "mosaic"
+
+    monkeypatch.setattr(importlib.import_module("pallas_kernels.lowrank"), "choose", choose)
+    given = arguments(2, 64, 256, columns, 8, False, "bfloat16", y)
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in given]
+    lowered = jax.jit(add_lowrank).trace(*shapes).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("stablehlo.custom_call @mosaic_gpu") == kernels
 
 
 @pytest.mark.parametrize(
@@ -92,6 +99,7 @@ def test_the_kernel_lowers_for_cuda(monkeypatch):
         ((2, 63, 128, 128, 8, False, "bfloat16", "bfloat16"), "63 rows a member: the kernel takes multiples of 64"),
         ((2, 64, 100, 128, 8, False, "bfloat16", "bfloat16"), "n_in 100, n_out 128: the kernel takes multiples of 64"),
         ((2, 64, 128, 128, 9, False, "bfloat16", "bfloat16"), "rank 9: the kernel takes 1 to 8"),
+        ((2, 64, 128, 128, 8, False, "bfloat16", "float32"), "y of float32: the kernel takes 16 bits"),
         ((2, 64, 128, 128, 8, False, "float32", "float32"), "x of float32: the kernel takes bfloat16"),
         ((2, 64, 128, 128, 8, False, "float16", "float16"), "x of float16: the kernel takes bfloat16"),
     ],
