@@ -241,6 +241,15 @@ def test_no_array_is_read(small):
     assert plan(small.replace(Untouched()), tokens=8).tiers == plan(small, tokens=8).tiers
 
 
+@pytest.mark.parametrize(("readers", "most"), [(1, 160 + 40), (2, 160 + 5 + 40), (4, 160 + 30 + 5 + 5 + 40)])
+def test_host_memory_is_the_most_that_there_is_while_blocks_are_read(readers, most):
+    """Largest first, so many at once: pages, what was read, and a copy of what goes to the device."""
+    sizes, reads = {"embed": 20, "a": 30, "b": 30, "head": 100}, {"embed": 20, "a": 5, "b": 5, "head": 30}
+    tiers = {"embed": "device", "a": "host", "b": "host", "head": "host"}
+    budget = Budget(0, 0, 0, 0, 0, sizes=sizes, reads=reads, readers=readers, process=7)
+    assert Plan(tiers, budget=budget).host() == 7 + most
+
+
 def test_what_is_printed(monkeypatch):
     rates = {"up": 10 * GIB, "down": 11 * GIB, "both": 16 * GIB, "products": 2e12, "memory": 100 * GIB}
     machine = Machine(**rates, disk=2.0 * GIB, kind="toy")
@@ -256,7 +265,8 @@ def test_what_is_printed(monkeypatch):
     for line in (r"device +1 +1.00", r"host +1 +4.00", r"disk +1 +8.00", "4.75 of 5.00 GiB expected", "0.50 probes"):
         assert re.search(line, text), line
     assert "12.00 GiB up, 12.00 GiB down, 3 TFLOP" in text
-    assert "host memory: 37.50 GiB, page files: 8.00 GiB" in text  # b and its master, four buffers of c, the process
+    # b and its master, what a comes from, four buffers of c, the process
+    assert "host memory: 38.50 GiB, page files: 8.00 GiB" in text
     assert made.seconds(machine) == pytest.approx({"compute": 3 * (0.5 + 0.2), "link": 24 / 16, "disk": 16 / 2})
     assert "bound by the files (each alone: compute 2.1, link 1.5, disk 8)" in text
     assert made.timeline(machine).seconds >= 8

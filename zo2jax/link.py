@@ -9,8 +9,8 @@ import ctypes
 import mmap
 import os
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from threading import local
@@ -99,6 +99,16 @@ class Link:
             self._call("cuMemHostRegister_v2", ctypes.c_void_p(address), size, ctypes.c_uint(1), hint=hint)
             self._registered[address] = buffer
         return memory
+
+    @contextmanager
+    def lent(self, nbytes: int, fill: Callable[[np.ndarray], None]) -> Iterator[np.ndarray]:
+        """The same until the context ends, when nothing may be on its way from there any more."""
+        memory = self.memory(nbytes, fill)
+        try:
+            yield memory
+        finally:
+            if self._registered.pop(memory.ctypes.data, None) is not None:
+                self._call("cuMemHostUnregister", ctypes.c_void_p(memory.ctypes.data))
 
     def up(self, page: np.ndarray) -> jax.Array:
         """A copy on the device, which may still be under way; the page must not change until it is there."""

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from zo2jax.files import InFiles, OnDisk, Pages
@@ -100,7 +100,7 @@ class OnHost:
 def result(pages: "Pages | Future[Pages]") -> Pages:
     """The pages, once they are under way to the device at least.
 
-    >>> result((jnp.ones(1),))[0].shape
+    >>> result((jax.numpy.ones(1),))[0].shape
     (1,)
     """
     if not isinstance(pages, Future):
@@ -166,9 +166,9 @@ class Tiers:
         if tier == "host":
             held = self._link.memory(layout.nbytes, lambda m: layout.pack(leaves, layout.views(m)))
             return OnHost(self._link, layout.views(held))
-        staged = layout.views(np.zeros(layout.nbytes, np.uint8))
-        layout.pack(leaves, staged)
-        return OnDevice(tuple(jnp.array(page) for page in staged))
+        # Of memory that is not locked the runtime makes a copy in a pool that only grows.
+        with self._link.lent(layout.nbytes, lambda m: layout.pack(leaves, layout.views(m))) as held:
+            return OnDevice(jax.block_until_ready(tuple(self._link.up(page) for page in layout.views(held))))
 
     def find(self, layout: Layout, pieces: Sequence[tuple[int, Extent]]) -> Store:
         """The matrices where they lie in the model's own files, which are only read.

@@ -3,6 +3,7 @@
 The parts are those of `zo2jax.bench.timeline.parts`; docs/profile.md says what they mean.
 """
 
+import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,11 +43,17 @@ _BOTH = 0.05
 _LARGEST = 10
 """Operations of each part that the numbers name."""
 
-_ENVIRONMENT = NO_PREALLOCATION | {"JAX_COMPILATION_CACHE_INCLUDE_METADATA_IN_KEY": "true"}
-"""A program of the cache that was traced elsewhere has other scopes."""
+_NAMED = "--xla_gpu_enable_command_buffer="
+"""Kernels are launched one by one: those of a CUDA graph have no names in a trace."""
 
 _DONE = PARTS[: PARTS.index("wait")]
 """Parts that have operations."""
+
+
+def _environment() -> dict[str, str]:
+    """Of the process that is traced; a program of the cache that was traced elsewhere has other scopes."""
+    flags = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {_NAMED}".strip()}
+    return NO_PREALLOCATION | {"JAX_COMPILATION_CACHE_INCLUDE_METADATA_IN_KEY": "true"} | flags
 
 
 class _Steps(NamedTuple):
@@ -252,7 +259,7 @@ def profile(
     if folder is not None and (folder.is_file() or not folder.parent.is_dir()):
         raise ValueError(f"trace is {trace}: expected a folder, or a name for one in a folder that is there")
     asked = target, list(overrides), steps, None if folder is None else str(folder)
-    found: dict[str, Any] = measured("profile", traced, *asked, env=_ENVIRONMENT)
+    found: dict[str, Any] = measured("profile", traced, *asked, env=_environment())
     console = Console()
     console.print(_title(found), highlight=False)
     console.print(f"{found['ms']:.1f} ms a step in a trace of {found['steps']}, {found['untraced_ms']:.1f} without it")

@@ -24,7 +24,7 @@ from zo2jax.files import OnDisk, Pages
 from zo2jax.link import Link
 from zo2jax.models.layers import compute_dtype
 from zo2jax.pages import Layout
-from zo2jax.plan.measure import randomize
+from zo2jax.plan.measure import random_numbers, randomize
 from zo2jax.stores import result
 
 _TOTAL = 2 * 2**30
@@ -97,7 +97,7 @@ def product_rate(compute: str = "bf16") -> float:
     """
     size = 8192 if jax.default_backend() == "gpu" else 512
     given, out = (jnp.int8, jnp.int32) if compute == "int8" else [compute_dtype(jnp.dtype(jnp.bfloat16))] * 2
-    square = jnp.ones((size, size), given)
+    square = random_numbers((size, size), given)
     product = jax.jit(partial(lax.dot_general, dimension_numbers=(((1,), (1,)), ((), ())), preferred_element_type=out))
     work = lambda: jax.block_until_ready([product(square, square) for _ in range(_PRODUCTS)])  # noqa: E731
     return _PRODUCTS * 2 * size**3 / _seconds(work)

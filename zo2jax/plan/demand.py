@@ -12,13 +12,14 @@ import numpy as np
 
 from zo2jax.directions import Direction, matrix_shape
 from zo2jax.estimators import Estimator
-from zo2jax.models.blocks import block_of, kinds, owned_shapes
+from zo2jax.models.blocks import Source, block_of, kinds, owned_shapes
 from zo2jax.models.model import Model
 from zo2jax.models.traced import backend
 from zo2jax.pages import Layout, flat, layouts_of
 from zo2jax.plan.liveness import Needs, needs_of
 from zo2jax.plan.planned import Budget
 from zo2jax.plan.schedule import Work
+from zo2jax.stores import STAGING
 from zo2jax.updates import Rounding, nearest, residual
 
 _LIBRARIES = 64 * 2**20
@@ -26,10 +27,8 @@ _LIBRARIES = 64 * 2**20
 _AHEAD = 4
 """Visits that the host issues ahead, of blocks that stay and of parts of a step, each with workspaces and one carry for
 all of them: fitted to seven peaks on an H200 (docs/LOG.md)."""
-_PROCESS = {"gpu": int(1.6 * 2**30)}
+_PROCESS = {"gpu": int(1.75 * 2**30)}
 """Host memory of a program without a model: Python, JAX, and on GPUs CUDA's libraries (measured on an H200's host)."""
-_READERS = 4
-"""Blocks that are read at once when a run begins."""
 
 
 class Matrices(NamedTuple):
@@ -73,8 +72,10 @@ class Demand:
     """Blocks that are others for each member; those before the first one are the same for all."""
     moving: frozenset[str]
     """Blocks whose matrices updates change, or are made into probes."""
-    largest: int
-    """Bytes of the largest block as it is read."""
+    reads: dict[str, int]
+    """Bytes of each block as it is read."""
+    readers: int
+    """Blocks that are read at once."""
     batches: int = 1
     limit: int | None = None
     chunk: int | None = None
@@ -125,7 +126,8 @@ class Demand:
                 for name, layout in layouts.items()
                 if any(_trains(direction, name, leaf) for leaf, _ in layout.matrices)
             ),
-            largest=max(layout.nbytes for layout in layouts_of(model.blocks).values()),
+            reads={name: layout.nbytes for name, layout in layouts_of(model.blocks).items()},
+            readers=STAGING if Source.of(model.source).concurrent else 1,
             int8=model.format is not None and model.format.compute == "int8",
             batches=batches,
             chunk=chunk,
@@ -179,7 +181,9 @@ class Demand:
             read_only=self.read_only,
             masters=self.masters,
             refresh=self.refresh,
-            process=_PROCESS.get(backend(), 0) + _READERS * self.largest,
+            process=_PROCESS.get(backend(), 0),
+            reads=self.reads,
+            readers=self.readers,
             batches=self.batches,
         )
 

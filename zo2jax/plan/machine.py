@@ -130,7 +130,7 @@ def _amount(nbytes: int) -> str:
 _H200 = Machine(
     up=48.6 * _GIB,
     down=48.9 * _GIB,
-    both=83.5 * _GIB,
+    both=90.0 * _GIB,
     products=700e12,
     memory=4.1e12,
     int8_products=1334e12,

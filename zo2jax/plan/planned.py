@@ -7,6 +7,7 @@ import difflib
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal, get_args
 
 from zo2jax.formats import Format
@@ -63,6 +64,10 @@ class Budget:
     """Steps from one fold to the next."""
     process: int = 0
     """Bytes of host memory that a program takes without any block."""
+    reads: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of each block as it is read when a run begins."""
+    readers: int = 1
+    """Blocks that are read at once."""
     batches: int = 1
     """In which the rows of a step are computed."""
 
@@ -132,16 +137,26 @@ class Plan:
         return {t: sum(sizes.get(name, 0) for name, tier in self.tiers.items() if tier == t) for t in tiers}
 
     def host(self) -> int:
-        """Bytes of host memory that a run is expected to take: blocks, what folds touch, buffers of files, the process.
+        """The most bytes of host memory that a run is expected to take.
 
-        >>> Plan({"head": "host"}, budget=Budget(1, 1, 1, 1, 1, sizes={"head": 7}, process=3)).host()
-        10
+        Those of its blocks, what folds touch, buffers of files, the process; and of blocks that are being read, the
+        largest first, with copies of those that go on to the device.
+
+        >>> Plan({"head": "host"}, budget=Budget(1, 1, 1, 1, 1, sizes={"head": 7}, process=3, reads={"head": 5})).host()
+        15
         """
-        if self.budget is None:
+        budget = self.budget
+        if budget is None:
             return 0
-        there = sum(self.budget.kept(name) for name, tier in self.tiers.items() if tier == "host")
-        files = [self.budget.kept(name) for name, tier in self.tiers.items() if tier == "disk"]
-        return there + STAGING * max(files, default=0) + self.budget.process
+        order = sorted(budget.sizes, key=lambda name: -budget.sizes[name])
+        tiers = [self.tiers.get(name, "device") for name in order]
+        kept = [budget.kept(name) for name in order]
+        there = accumulate(size * (tier == "host") for size, tier in zip(kept, tiers, strict=True))
+        sizes = ((budget.reads.get(n, 0), budget.sizes[n] * (t == "device")) for n, t in zip(order, tiers, strict=True))
+        coming = [read + copied for read, copied in sizes]
+        most = max((n + sum(coming[max(0, i + 1 - budget.readers) : i + 1]) for i, n in enumerate(there)), default=0)
+        buffers = STAGING * max((size * (tier == "disk") for size, tier in zip(kept, tiers, strict=True)), default=0)
+        return most + buffers + budget.process
 
     def files(self) -> int:
         """Bytes of page files."""

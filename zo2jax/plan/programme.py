@@ -237,13 +237,14 @@ def _refusal(demands: Mapping[Format | None, Demand], room: Room) -> ValueError:
             f"device memory is {room.device / _GIB:.4g} GiB, and a step needs {_up(peak)} GiB at least, with {count} "
             "at a time and nothing uploaded ahead: give that, or take fewer rows or tokens"
         )
-    kept = min(sum(budget.kept(name) for name in budget.sizes if name not in budget.stays) for budget in least)
-    process = least[0].process
-    most = min(max(budget.kept(name) for name in budget.sizes) for budget in least)
+    tiers: tuple[Tier, ...] = ("host", "disk")
+    plans = [[_made({f: x}, dict.fromkeys(x.sizes, t), {}, f, True) for f, x in demands.items()] for t in tiers]
+    in_memory, in_files = (min(plan.host() for plan in of_tier) for of_tier in plans)
+    files = min(plan.files() for plan in plans[1])
     return ValueError(
         f"host memory of {room.host / _GIB:.4g} GiB and {room.disk / _GIB:.4g} GiB of disk space do not hold the blocks"
-        f": expected {_up(kept + process)} GiB of host memory, or {_up(kept)} GiB of disk space with "
-        f"{_up(STAGING * most + process)} GiB of host memory; or take int8 or int4"
+        f": expected {_up(in_memory)} GiB of host memory, or {_up(files)} GiB of disk space with "
+        f"{_up(in_files)} GiB of host memory; or take int8 or int4"
     )
 
 

@@ -2,9 +2,10 @@
 
 The model, for block i of a cycle of blocks, in seconds:
 
-    host[i]   = max(host[i-1] + launch * visits, end of the compute of block i - 2 where blocks are streamed)
-    up[i]     = max(end of the last upload, host[j], compute[j-1], a buffer is free) + bytes / link, block j asks for it
-    compute[i]= max(host[i], compute[i-1], up[i]) + work / rates
+    host      waits for compute[i-2] where blocks are streamed, then for each upload that block i asks for: for a buffer
+              that is free, launch / 2; and then launch * visits
+    up[j]     = max(end of the last upload, host, compute[i-1]) + bytes / link, where block i asks for j
+    compute[i]= max(host, compute[i-1], up[i]) + work / rates
     down[i]   = max(compute[i], down[i-1]) + bytes / link
 
 The link gives each way half of what both get at once where anything is written back. Files are read before uploads and
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 from zo2jax.plan.machine import Machine
 
 _STEPS = 3
+_UPLOAD = 0.5
+"""Of the time in which the host issues the work of a block, is what it takes to issue its upload."""
 _BOUND = {"read": "files", "write": "files", "upload": "link", "write-back": "link", "compute": "compute"}
 
 
@@ -166,13 +169,13 @@ class _Lanes:
         number = len(self._left)
         for i, work in enumerate(self._works):
             streamed = self._tiers[i] != "device"
-            self._host += self._machine.launch * work.visits
             if streamed and len(self._computed) > 1:
                 self._host = max(self._host, self._computed[-2])  # blocks that run ahead would take memory
             if self._streamed:
                 for other in range(number, number + streamed + self._prefetch):
                     if other not in self._arrived:
                         self._upload(other)
+            self._host += self._machine.launch * work.visits
             start = max(self._host, self._compute, self._arrived[number] if streamed else 0.0)
             self._compute = start + self._seconds[i]
             self._computed.append(self._compute)
@@ -189,9 +192,11 @@ class _Lanes:
 
     def _upload(self, number: int) -> None:
         i = self._streamed[number % len(self._streamed)]
-        work, ready = self._works[i], max(self._host, self._compute)  # its memory waits for what was issued before
-        if 0 <= number - self._prefetch - 2 < len(self._left):
-            ready = max(ready, self._left[number - self._prefetch - 2])
+        work, before = self._works[i], number - self._prefetch - 2
+        if 0 <= before < len(self._left):
+            self._host = max(self._host, self._left[before])  # which waits until there is room
+        self._host += _UPLOAD * self._machine.launch
+        ready = max(self._host, self._compute)  # its memory waits for what was issued before
         if self._tiers[i] == "disk":
             start = max(self._files, self._host)
             self._files = start + work.size / self._read
