@@ -91,8 +91,19 @@ def test_times_and_peaks_that_were_measured(shape, rows, tier, format, direction
     """On different days, whose links differed by a tenth, against the rates of one day."""
     estimator = zo.two_point(1e-3) if direction is None else zo.two_point(1e-3, direction=direction)
     made = plan(bare(SHAPES[shape]).with_format(format), estimator, rows=rows, tier=tier, machine=known("h200"))
-    assert made.expected(known("h200")) * 1e3 == pytest.approx(ms, rel=0.15)
+    assert made.expected(known("h200")) * 1e3 == pytest.approx(ms, rel=0.1)
     assert made.budget.peak / GIB == pytest.approx(gib, rel=0.1)
+
+
+def test_xla_takes_memory_beside_the_matrix_that_it_moves():
+    """13B from host memory of an H200 without the fused kernels took 2.29 GiB, and within "22GiB" 22.49 before."""
+    model, h200 = bare(SHAPES["opt-13b"]), known("h200")
+    assert plan(model, machine=replace(h200, kernels=False)).budget.peak / GIB == pytest.approx(2.29, rel=0.05)
+    some, fewer = (plan(model, device_memory="22GiB", machine=replace(h200, kernels=k)) for k in (True, False))
+    assert fewer.budget.resident <= some.budget.resident - 0.5 * GIB
+    factored = zo.two_point(1e-3, direction=zo.lowrank(2))  # of which matrices never move
+    same = [plan(model, factored, machine=replace(h200, kernels=k)).budget.peak for k in (True, False)]
+    assert same[0] == same[1]
 
 
 @pytest.mark.parametrize(("tokens", "ms", "gib"), [(256, 232, 14.4), (1024, 910, 16.19), (4096, 3941, 25.28)])

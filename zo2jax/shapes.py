@@ -91,10 +91,10 @@ def random_model(
         return leaves if format is None else _coded(name, leaves, format)
 
     def read(name: str, format: Format | None) -> Params:
-        if not name.startswith("layers."):
-            return make(name, format)
-        first = f"layers.0.{name.split('.')[-1]}"
-        with one_at_a_time:
+        first, kept = f"layers.0.{name.split('.')[-1]}", name.startswith("layers.")
+        with one_at_a_time:  # random numbers take several times the memory of what is made of them
+            if not kept:
+                return make(name, format)
             if (first, format) not in made:
                 made[first, format] = make(first, format)
         return made[first, format]

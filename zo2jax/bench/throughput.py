@@ -23,6 +23,7 @@ from zo2jax.estimators import Estimator, two_point
 from zo2jax.formats import named
 from zo2jax.marks import mark
 from zo2jax.models.model import Model
+from zo2jax.models.traced import traced_for
 from zo2jax.optimizers import sgd
 from zo2jax.pages import Layout
 from zo2jax.plan import Plan, Tier, plan
@@ -142,7 +143,8 @@ class Setting:
         True
         """
         sizes: dict[str, Any] = {"tokens": self.tokens, "rows": self.rows, "prefetch": self.prefetch}
-        return plan(model, self.estimator, tier=self.tier, device_memory=self.device_memory, **sizes)
+        with traced_for(None, None if self.kernels else False):
+            return plan(model, self.estimator, tier=self.tier, device_memory=self.device_memory, **sizes)
 
     def plan(self, model: Model) -> Plan:
         """Where the blocks live.
@@ -218,7 +220,7 @@ def measure(setting: Setting, rates: bool = True) -> dict[str, Any]:
         count = -(-setting.steps // period) * period if period else setting.steps
         found["times_ms"] = [timed_step(run, batch) * 1e3 for _ in range(count)]
         found |= memory()
-        planned = setting.expected(run.model)
+        planned = setting.expected(setting.random_model)  # as it was read; and not from a stream
     found |= _step_ms(found["times_ms"], setting)
     found |= _moving(found["ms"], layouts, down=not setting.estimator.direction.read_only)
     found["tokens_per_s"] = setting.rows * setting.tokens / found["ms"] * 1e3

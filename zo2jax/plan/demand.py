@@ -14,7 +14,7 @@ from zo2jax.directions import Direction, matrix_shape
 from zo2jax.estimators import Estimator
 from zo2jax.models.blocks import Source, block_of, kinds, owned_shapes
 from zo2jax.models.model import Model
-from zo2jax.models.traced import backend
+from zo2jax.models.traced import backend, has_kernels
 from zo2jax.pages import Layout, flat, layouts_of
 from zo2jax.plan.liveness import Needs, needs_of
 from zo2jax.plan.planned import Budget
@@ -68,6 +68,8 @@ class Demand:
     refresh: int | None
     estimator: Estimator
     int8: bool
+    moved: int
+    """Bytes beside the largest matrix while XLA moves it and makes its probes: z in float32, and the new matrix."""
     trained: frozenset[str]
     """Blocks that are others for each member; those before the first one are the same for all."""
     moving: frozenset[str]
@@ -101,6 +103,9 @@ class Demand:
         vectors *= 1 if estimator.full is None else 2  # an anchor has vectors, and an empty P, of its own
         owners = {block_of(owner, shapes) for block in model.blocks for owner in block.aliases.values()}
         folds = direction.read_only and direction.refresh is not None
+        needs, moved = _needs(model, batch), 0
+        if backend() == "gpu" and not has_kernels() and not direction.read_only:
+            moved = max(n.weight for n in needs) // model.dtype.itemsize * (4 + model.dtype.itemsize)
         masters = dict.fromkeys(layouts, 0)
         if folds:
             for name, layout in layouts.items():
@@ -110,7 +115,7 @@ class Demand:
             sizes={name: layout.nbytes for name, layout in layouts.items()},
             vectors=vectors,
             owners=owners,
-            needs=_needs(model, batch),
+            needs=needs,
             members=estimator.members,
             at_once=len(estimator.probes),
             shared=direction.rank > 0,
@@ -128,6 +133,7 @@ class Demand:
             ),
             reads={name: layout.nbytes for name, layout in layouts_of(model.blocks).items()},
             readers=STAGING if Source.of(model.source).concurrent else 1,
+            moved=moved,
             int8=model.format is not None and model.format.compute == "int8",
             batches=batches,
             chunk=chunk,
@@ -169,7 +175,7 @@ class Demand:
         return Budget(
             resident=sum(self.sizes.values()) - sum(streamed) + self.vectors,
             window=room(streamed, self.prefetch),
-            probes=(self._copies if self.shared else chunk) * max(n.weight for n in self.needs),
+            probes=(self._copies if self.shared else chunk) * max(n.weight for n in self.needs) + self.moved,
             activations=chunk * (max(n.activations for n in self.needs) + carries) + waiting,
             libraries=(1 + ahead) * _LIBRARIES if backend() == "gpu" else 0,
             limit=self.limit,

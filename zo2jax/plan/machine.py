@@ -12,7 +12,7 @@ from typing import Any
 from zo2jax.metrics import write_atomically
 
 _GIB = 2**30
-_MAY_BE_0 = ("launch", "device_memory", "host_memory", "disk_space")
+_MAY_BE_0 = ("launch", "device_memory", "host_memory", "disk_space", "kernels")
 _OF_PRODUCTS = 0.55
 """Of the rate of products is that of attention, where nothing else is known (cuDNN on an H200)."""
 
@@ -54,6 +54,9 @@ class Machine:
     """What the device calls itself."""
     backend: str = "gpu"
     """As JAX names it."""
+    kernels: bool = True
+    """Whether updates and probes are made by the fused kernels, which need compute capability 9.0 or more; else by XLA,
+    for which matrices take more memory while they move."""
 
     def __post_init__(self) -> None:
         """Fills in what is not known; raises ValueError for rates that are not positive, and sizes below 0."""
@@ -153,6 +156,8 @@ _DATASHEETS = {
 }
 """NVIDIA's data sheets: H200 SXM, H100 SXM 80 GB, A100 SXM 80 GB, GeForce RTX 4090 (with float32 accumulation)."""
 
+_HOPPER = ("h200", "h100")
+
 
 def known(name: str) -> Machine:
     """A machine with a well-known GPU: its data sheet, of which it gives the share that an H200 gave of its own.
@@ -173,7 +178,7 @@ def known(name: str) -> Machine:
     rates = {"products": share[0], "attention": share[0], "draws": share[0], "int8_products": share[1]}
     rates |= {"memory": share[2]} | dict.fromkeys(("up", "down", "both"), share[3])
     scaled: dict[str, Any] = {rate: getattr(_H200, rate) * by for rate, by in rates.items()}
-    scaled |= {"device_memory": int(_H200.device_memory * share[4]), "kind": name}
+    scaled |= {"device_memory": int(_H200.device_memory * share[4]), "kind": name, "kernels": name in _HOPPER}
     return replace(_H200, **scaled)
 
 

@@ -24,6 +24,7 @@ from pallas_kernels.reference import Probes, Terms
 from zo2jax.files import OnDisk
 from zo2jax.link import Copy, Link, StoreError, available_memory
 from zo2jax.models.layers import attention
+from zo2jax.models.traced import has_kernels
 from zo2jax.pages import Layout
 from zo2jax.plan.machine import Machine, cache_file
 
@@ -175,6 +176,7 @@ def measure_machine() -> Machine:
         disk_read=_SLOW if math.isnan(both) else measure_reads(),
         kind=device.device_kind,
         backend=jax.default_backend(),
+        kernels=has_kernels(),
         **_sizes(),
     )
 
