@@ -1,7 +1,10 @@
 """The suite goes on where it stopped, says what it leaves out, repeats a row by its command; comparisons of files."""
 
 import json
+import os
 import shlex
+import signal
+import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
@@ -182,6 +185,23 @@ def test_disk_and_masters_are_counted(machine, tmp_path, monkeypatch):
 def test_a_cell_has_a_limit_of_time():
     with pytest.raises(RuntimeError, match=r"of 'sleep' took longer than its limit of 0\.5 s, and was ended"):
         process.measured("sleep", time.sleep, 60, limit_s=0.5)
+
+
+def test_a_measurement_ends_with_the_process_that_asked_for_it(tmp_path):
+    code = """if True:
+        import sys
+        from zo2jax.bench import process
+        process.run("child", ["sh", "-c", f"echo $$ > {sys.argv[1]}; exec sleep 60"])
+    """
+    file = tmp_path / "pid"
+    asking = subprocess.Popen([sys.executable, "-c", code, str(file)])
+    while not (file.exists() and file.read_text().strip()):
+        assert asking.poll() is None
+        time.sleep(0.05)
+    asking.terminate()
+    assert asking.wait(timeout=30) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(file.read_text()), 0)
 
 
 def test_the_suite_itself_leaves_the_device_to_its_cells(tmp_path):

@@ -5,10 +5,13 @@ import os
 import pickle
 import platform
 import resource
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any
 
 import jax
@@ -80,13 +83,27 @@ def run(
     """
     how: dict[str, Any] = {"env": {**os.environ, **(env or {})}, "cwd": cwd, "timeout": limit_s}
     try:
-        done = subprocess.run(command, input=stdin, capture_output=True, **how)
+        with _ending_together():
+            done = subprocess.run(command, input=stdin, capture_output=True, **how)
     except subprocess.TimeoutExpired as error:
         raise RuntimeError(f"the {name} took longer than its limit of {limit_s:g} s, and was ended") from error
     if done.returncode:
         tail = done.stderr.decode(errors="replace").strip()[-_TAIL:]
         raise RuntimeError(f"the {name} failed with status {done.returncode}:\n{tail}")
     return done.stdout.decode(errors="replace")
+
+
+@contextmanager
+def _ending_together() -> Iterator[None]:
+    """A process that is told to end (SIGTERM) meanwhile raises SystemExit, on which subprocess.run ends the other one."""
+    if current_thread() is not main_thread():  # others may not have handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def machine() -> dict[str, Any]:
