@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import replace
 from importlib import import_module
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,7 @@ from zo2jax.pages import layouts_of
 from zo2jax.plan import Machine, measure, plan
 from zo2jax.plan.demand import Demand
 from zo2jax.plan.machine import cache_file, find, known
-from zo2jax.plan.programme import Room, choose
+from zo2jax.plan.programme import Room, _preferred, choose
 from zo2jax.plan.schedule import Work, simulate
 from zo2jax.shapes import SHAPES, shaped
 from zo2jax.train import train
@@ -132,6 +133,12 @@ def test_blocks_before_all_that_is_trained_have_one_member_and_nothing_of_theirs
 SMALL = LlamaConfig(
     vocabulary=997, size=64, hidden=160, layers=3, heads=2, kv_heads=1, head_size=32, context=64, tied=False
 )
+
+
+def test_of_plans_as_fast_the_one_that_moves_least_is_taken():
+    given = [(10.0, 9), (10.04, 3), (10.06, 1), (10.04, 2)]
+    plans = [SimpleNamespace(expected=lambda _, s=s: s, moved=lambda n=n: {"host": n}) for s, n in given]
+    assert _preferred(plans, TOY) is plans[3]
 
 
 @pytest.mark.parametrize("seed", range(6))
