@@ -118,17 +118,35 @@ def _unsuitable(y: jax.Array, x: jax.Array, v: jax.Array) -> str | None:
     return None
 
 
-def _xla(y: jax.Array, x: jax.Array, v: jax.Array, f: jax.Array, scale: jax.Array) -> jax.Array:
-    """A sum that becomes part of what reads it, not one more product."""
-    rank = f.shape[2]
-    both = v if x.dtype == jnp.float32 else jnp.concatenate(_halves(v, x.dtype), axis=2)
-    of, both = ("mir", both) if len(both) > 1 else ("ir", both[0])  # one product where all share V
-    h = jnp.einsum(f"mti,{of}->mtr", x, both, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-    h = h if h.shape[2] == rank else h[:, :, :rank] + h[:, :, rank:]
+def thin_product(x: jax.Array, v: jax.Array) -> jax.Array:
+    """x V in float32: x [.., n_in], v float32 [n_in, rank], of which products of 16 bits take 16 -> [.., rank].
+
+    >>> thin_product(jnp.ones((2, 3)), jnp.ones((3, 1))).tolist()
+    [[3.0], [3.0]]
+    """
+    both = v if x.dtype == jnp.float32 else jnp.concatenate(_halves(v, x.dtype), axis=1)
+    precise: Any = {"precision": lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+    h = jnp.einsum("...i,ir->...r", x, both, **precise)
+    return h if v is both else h[..., : v.shape[1]] + h[..., v.shape[1] :]
+
+
+def add_expanded(y: jax.Array, h: jax.Array, f: jax.Array, scale: jax.Array) -> jax.Array:
+    """scale y + h F^T in float32, rounded once to the dtype of y: y [.., n_out], h [.., rank], f float32 [n_out, rank].
+
+    A sum that becomes part of what reads it, not one more product.
+
+    >>> add_expanded(jnp.ones((1, 2)), jnp.full((1, 1), 3.0), jnp.array([[1.0], [2.0]]), jnp.float32(1)).tolist()
+    [[4.0, 7.0]]
+    """
     wide = scale * y.astype(jnp.float32)
-    for j in range(rank):
-        wide = wide + h[:, :, j, None] * f[:, None, :, j]
+    for j in range(f.shape[1]):
+        wide = wide + h[..., j, None] * f[:, j]
     return wide.astype(y.dtype)
+
+
+def _xla(y: jax.Array, x: jax.Array, v: jax.Array, f: jax.Array, scale: jax.Array) -> jax.Array:
+    h = jax.vmap(thin_product)(x, v) if len(v) > 1 else thin_product(x, v[0])  # one product where all share V
+    return jax.vmap(add_expanded, (0, 0, 0, None))(y, h, f, scale)
 
 
 # --- the kernel -------------------------------------------------------------------------------------------------------

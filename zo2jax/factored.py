@@ -24,7 +24,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import bits
-from pallas_kernels.lowrank import add_lowrank
+from pallas_kernels.lowrank import add_expanded, add_lowrank, thin_product
 from pallas_kernels.perturb import Probes, Shard, Terms, perturb
 from pallas_kernels.quantized import Codes
 from pallas_kernels.reference import decayed
@@ -155,6 +155,7 @@ class Factored:
         f: float32 [n_out, rank]: P, and the member's probe; rank 0 for none.
         v: float32 [n_in, rank], of 8 significant bits; of an adapter the member's own.
         compute: how products with codes are made, as in `zo2jax.models.quantized.times`.
+        thin: x V, if it is known of the x of all products.
 
     >>> w = Factored(jnp.eye(2), jnp.float32, jnp.float32(1), jnp.array([[0.5], [0.0]]), jnp.ones((2, 1)))
     >>> w.product(jnp.ones((1, 2)), jnp.float32).tolist()
@@ -169,8 +170,10 @@ class Factored:
         f: jax.Array,
         v: jax.Array,
         compute: str = "",
+        thin: jax.Array | None = None,
     ):
         """Computes nothing yet."""
+        self._thin = thin
         self._matrix, self._scale, self._f, self._v, self._compute = matrix, scale, f, v, compute
         self.shape, self.dtype = matrix.shape, jnp.dtype(dtype)
 
@@ -186,6 +189,9 @@ class Factored:
         y = times(x, matrix, exact, self._compute)
         if not self._v.shape[1]:
             return (self._scale * y.astype(jnp.float32)).astype(dtype)
+        if self._thin is not None:
+            with jax.named_scope("perturb"):
+                return add_expanded(y, self._thin, self._f, self._scale).astype(dtype)
         return _with_lowrank(y, x, self._v, self._f, self._scale).astype(dtype)
 
     def array(self) -> jax.Array:
@@ -201,12 +207,16 @@ class Factored:
             found = found + self._f[ids, j][..., None] * self._v[:, j]
         return found
 
-    def slabs(self) -> Callable[[jax.Array, int], "Factored"]:
-        """Rows as matrices of their own."""
+    def slabs(self, x: jax.Array) -> Callable[[jax.Array, int], "Factored"]:
+        """Rows as matrices of their own; x V is made once for all of them."""
+        thin = None
+        if self._v.shape[1]:
+            with jax.named_scope("perturb"):
+                thin = thin_product(x, self._v)
 
         def slab(start: jax.Array, count: int) -> Factored:
             matrix, f = cut((self._matrix, self._f), start, count)
-            return Factored(matrix, self.dtype, self._scale, f, self._v, self._compute)
+            return Factored(matrix, self.dtype, self._scale, f, self._v, self._compute, thin)
 
         return slab
 

@@ -181,7 +181,7 @@ class Probe:
         """The rows of these indices, [*ids.shape, n_in]: z is drawn for them alone."""
         return self._matrices.rows(self._index, self._member, ids.reshape(-1)).reshape(*ids.shape, -1)
 
-    def slabs(self) -> Callable[[jax.Array, int], "Slab"]:
+    def slabs(self, x: jax.Array) -> Callable[[jax.Array, int], "Slab"]:
         """Rows as matrices of their own."""
         slab = self._matrices.slab(self._index)
         return lambda start, count: Slab(self._member, slab(start, count))

@@ -95,7 +95,7 @@ def run(
 
 @contextmanager
 def _ending_together() -> Iterator[None]:
-    """A process that is told to end (SIGTERM) meanwhile raises SystemExit, on which subprocess.run ends the other one."""
+    """On SIGTERM this process meanwhile raises SystemExit, on which subprocess.run ends the other one."""
     if current_thread() is not main_thread():  # others may not have handlers
         yield
         return

@@ -37,8 +37,8 @@ class Weight(Protocol):
     def rows(self, ids: jax.Array) -> jax.Array:
         """The rows of these indices, [*ids.shape, n_in]."""
 
-    def slabs(self) -> Callable[[jax.Array, int], "Weight"]:
-        """A function that gives ``count`` rows from ``start``, which may be traced, as a matrix."""
+    def slabs(self, x: jax.Array) -> Callable[[jax.Array, int], "Weight"]:
+        """A function that gives ``count`` rows from ``start``, which may be traced, as a matrix to multiply x by."""
 
 
 def product(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
@@ -370,7 +370,7 @@ def vocabulary_losses(
     count = min(rows, max(fewest, min(most, _SLAB_LOGITS // max(1, targets.size) // fewest * fewest)))
 
     cut: Callable[[Any, int], Any] = (
-        partial(lax.dynamic_slice_in_dim, weight) if isinstance(weight, jax.Array) else weight.slabs()
+        partial(lax.dynamic_slice_in_dim, weight) if isinstance(weight, jax.Array) else weight.slabs(x)
     )
 
     def logits_of(start: Any, count: int) -> jax.Array:

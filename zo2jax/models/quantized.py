@@ -121,6 +121,6 @@ class Quantized:
         """The rows of these indices, float32 [*ids.shape, n_in]."""
         return rows_of(self._codes, ids)
 
-    def slabs(self) -> Callable[[jax.Array, int], "Quantized"]:
+    def slabs(self, x: jax.Array) -> Callable[[jax.Array, int], "Quantized"]:
         """Rows as matrices of their own."""
         return lambda start, count: Quantized(cut(self._codes, start, count), self.dtype, self._compute)
