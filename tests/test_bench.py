@@ -28,7 +28,7 @@ from zo2jax.bench.commands import run
 from zo2jax.bench.peers import Peer, asked, measure_peer
 from zo2jax.bench.step import WHAT, step
 from zo2jax.bench.step import measure as measure_step
-from zo2jax.bench.throughput import MODES, Setting, measure
+from zo2jax.bench.throughput import Setting, measure
 from zo2jax.models.blocks import owned_shapes
 from zo2jax.pages import Layout
 
@@ -400,7 +400,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(tmp_path,
 # --- journal and checkpoints ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["dense", pytest.param("factored", marks=pytest.mark.slow)])
 def test_a_replay_is_measured_and_has_the_runs_bits(mode, tmp_path, capsys, in_this_process):
     command = ["replay", "--model", "opt-tiny", "--layers", "1", "--tokens", "8", "--mode", mode, "--refresh", "5"]
     run(arguments(*command, "--steps", "16", "--json", str(tmp_path / "numbers.json")))
