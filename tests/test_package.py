@@ -30,7 +30,7 @@ LAYERS = [
     {"accumulated", "listed"},
     {"stream", "objectives", "adapters"},
     {"first_order", "sensitivity"},
-    {"checkpoint", "kept", "weights", "directory", "restored", "saver", "run", "replay"},
+    {"checkpoint", "kept", "weights", "directory", "restored", "saver", "rule", "recorder", "run", "replay"},
     {"monitor"},
     {"tasks", "config", "config_files"},
     {"train", "trained", "selected", "quantize", "planner"},

@@ -49,10 +49,10 @@ from zo2jax.optimizers import meazo as meazo
 from zo2jax.optimizers import sgd as sgd
 from zo2jax.plan import Plan as Plan
 from zo2jax.plan import plan as plan
+from zo2jax.recorder import NonFiniteLoss as NonFiniteLoss
+from zo2jax.recorder import StepInfo as StepInfo
 from zo2jax.replay import replay as replay
-from zo2jax.run import NonFiniteLoss as NonFiniteLoss
 from zo2jax.run import Run as Run
-from zo2jax.run import StepInfo as StepInfo
 from zo2jax.sensitivity import Sensitivity as Sensitivity
 from zo2jax.sensitivity import sensitivity as sensitivity
 from zo2jax.tasks.task import Task as Task

@@ -18,7 +18,8 @@ from zo2jax.metrics import memory_peaks, read_metrics
 from zo2jax.plan import Plan
 from zo2jax.plan.machine import Machine, cache_file
 from zo2jax.plan.measure import measure_link
-from zo2jax.run import Run, StepInfo
+from zo2jax.recorder import StepInfo
+from zo2jax.run import Run
 
 _SHOWN_EVERY, _LINE_EVERY, _MEMORY_EVERY = 1.0, 30.0, 1.0  # seconds
 _BETA = 0.99

@@ -5,7 +5,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,69 +14,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from zo2jax.adapters import export_for_peft
-from zo2jax.directions import step_keys
 from zo2jax.directory import Directory
 from zo2jax.estimators import Estimator
 from zo2jax.first_order import Hybrid, Learner, only_finite, split
 from zo2jax.header import Header
-from zo2jax.journal import Record
 from zo2jax.kept import Kept
-from zo2jax.marks import mark
-from zo2jax.metrics import Metrics, memory_peaks, number, of_step
-from zo2jax.mezo import Info, State, begin, conclude
+from zo2jax.metrics import Metrics, number
+from zo2jax.mezo import State, begin
 from zo2jax.models.blocks import forward, owned_shapes
 from zo2jax.models.hub import export
 from zo2jax.models.layers import Batch
 from zo2jax.models.model import Model
 from zo2jax.objectives import Generated, mean_loss, ratio
-from zo2jax.optimizers import Optimizer, as_optimizer
+from zo2jax.optimizers import as_optimizer
 from zo2jax.plan import Plan
-from zo2jax.plan.measure import measure_link
+from zo2jax.recorder import Recorder, StepInfo
 from zo2jax.restored import opened
+from zo2jax.rule import Rule
 from zo2jax.saver import Saver
-from zo2jax.stream import Members
 from zo2jax.tail import Tail
-from zo2jax.updates import Rounding, Update, stochastic
+from zo2jax.updates import Rounding, stochastic
 
 Loss = Callable[[Any, Batch], jax.Array] | Generated
-
-
-class NonFiniteLoss(RuntimeError):
-    """Too many steps in a row had a loss that was not finite.
-
-    >>> issubclass(NonFiniteLoss, RuntimeError)
-    True
-    """
-
-
-@dataclass(frozen=True)
-class StepInfo:
-    """What `Run.step` reports. The arrays may still be on their way: reading one waits for it.
-
-    >>> [field for field in StepInfo.__dataclass_fields__][:3]
-    ['step', 'loss', 'projected_gradient']
-    """
-
-    step: int
-    """Steps done, this one included."""
-    loss: jax.Array
-    """float32 []: the mean of the probes' losses, nats per token for language models; of `zo2jax.svrg` of the present
-    weights' probes."""
-    projected_gradient: jax.Array
-    """float32 [K]."""
-    losses: jax.Array
-    """float32 [M]: of each probe."""
-    skipped: jax.Array
-    """bool []."""
-    tokens_per_second: float
-    """Throughput of the last step that is known to be done; NaN before there is one."""
-    tokens: int
-    """Tokens of the batch."""
-    bytes_up: int
-    """What went from host memory to the device for this step, and for the first block of the next."""
-    bytes_down: int
-    """What went back."""
-    update: Update
 
 
 class Run:
@@ -164,7 +122,6 @@ class Run:
             model, estimator, plan = parts.model, parts.estimator, parts.resident(plan)
             self._learner = Learner(parts)
         self._kept = Kept.of(model, estimator, optimizer, rounding)
-        self._estimator, self._optimizer = estimator, optimizer
         self._state = begin(owned_shapes(model.blocks), key, estimator, optimizer)._replace(params={})
         if config is None:  # the journal says all the rest
             folder, name = model.folder, None if loss is None else getattr(loss, "__name__", str(loss))
@@ -175,18 +132,12 @@ class Run:
         self._files = Directory(directory, header, config, may_grow, sync_every=sync_every)
         self.directory = self._files.path
         at_once = self._files.header.members_at_once  # that of a run that is there stays
-        self._chunks = jax.tree.map(jnp.asarray, estimator.parts(at_once))
-        self._full: tuple[int, jax.Array] | None = None  # the first step of a period, and the coefficients that it gave
         if plan is not None and plan.budget is not None and at_once > header.members_at_once:
             warnings.warn(
                 f"the run evaluates {at_once} members at once, as it was begun; the plan expects "
                 f"{header.members_at_once}, and less memory: give zo.plan(probe_batch={at_once})",
                 stacklevel=2,
             )
-        self._pending: StepInfo | None = None
-        self._finished: float | None = None  # when the last recorded step was done
-        self._rate = float("nan")
-        self._max_skipped, self._skipped_in_row = max_skipped, 0
         self._closed = False
         self._generated = loss if isinstance(loss, Generated) else None
         self._model = model.replace({}).with_format(None)  # what is looked at: arrays, not the untrained weights
@@ -197,13 +148,15 @@ class Run:
             self._weights, state = opened(self._files, trained, self._kept, self._whole, plan)
             on_error.callback(self._weights.close)
             self._stream, saved = self._weights.stream, int(state.step)
+            self._rule = Rule(estimator, optimizer, self._files.journal)
             self._begin(state)
             self._replay()
             behind = time.monotonic() - began if self.steps_done > saved else 0.0
             self._saver = Saver(self._files.snapshots, self._files.journal, self._kept, replay_within, behind)
             self._metrics = Metrics(self.directory, self.steps_done or -1, tensorboard=tensorboard)
             on_error.pop_all()
-        self._complete_metrics()
+        self._recorder = Recorder(self._files.journal, self._metrics, max_skipped)
+        self._recorder.complete(lambda step: self._rule.again(self._state, step)[0])
 
     def __enter__(self) -> "Run":
         """The run itself."""
@@ -285,31 +238,20 @@ class Run:
         self._saver.check()
         if self._learner is not None and self._saver.late:
             self.save()
-        keys, tail = self._keys(), None if self._learner is None else self._learner.begin()
+        keys = self._rule.keys(self._state)
+        tail = None if self._learner is None else self._learner.begin()
         self._weights.begin()
         up, down = self._stream.bytes_up, self._stream.bytes_down
-        anchor = self._anchor_of(self.steps_done)
-        sums = self._losses(keys, batch, anchor is not None, tail)
+        sums = self._losses(keys, batch, tail)
         up, down = self._stream.bytes_up - up, self._stream.bytes_down - down
-        info, state = self._concluded(keys, sums, anchor)
-        if anchor is None and self._estimator.full is not None:
-            self._full = self.steps_done, info.projected_gradient
-        self._record(self._pending)  # the one before; if that fails, this one was not done
-        self._pending = None
+        info, state = self._rule.conclude(self._state, keys, sums, self.steps_done)
+        self._recorder.write()  # the one before; if that fails, this one was not done
         if self._learner is None:
             self._saver.step(self._state, self._weights)
         leaves = None if self._learner is None else self._learner.conclude(sums[1], info.skipped)
         self._state = state
         self._weights.take(info.update, leaves)
-        found = info.loss, info.projected_gradient, info.losses, info.skipped
-        self._pending = StepInfo(self.steps_done, *found, self._rate, _tokens(batch), up, down, info.update)
-        if self._skipped_in_row >= self._max_skipped:
-            raise NonFiniteLoss(
-                f"the loss or its coefficients were not finite in {self._skipped_in_row} steps in a row, up to step "
-                f"{self.steps_done - 1}; these steps changed no weights. Try a smaller eps or learning_rate, or look "
-                "at the data"
-            )
-        return self._pending
+        return self._recorder.take(self.steps_done, info, batch, up, down)
 
     def evaluate(self, batches: Iterable[Any]) -> float:
         """The mean loss over all batches, with every update applied; written as ``eval/loss``.
@@ -337,9 +279,7 @@ class Run:
     def flush(self) -> None:
         """Applies the last step's update, waits for it, and writes the step's metrics."""
         self._weights.settle()
-        previous, self._pending = self._pending, None
-        self._record(previous)
-        self._finished, self._rate = None, float("nan")
+        self._recorder.flush()
 
     def save(self, *, wait: bool = True) -> None:
         """Saves a checkpoint, durable on return. The last one is kept, and the one with the best ``eval/loss``.
@@ -382,21 +322,14 @@ class Run:
         with ExitStack() as stack:  # each is closed, whatever becomes of the others
             for part in (self._files, self._metrics, self._weights, self._saver):
                 stack.callback(part.close)
-            self._record(self._pending)
+            self._recorder.write()
 
-    def _losses(self, keys: jax.Array, batch: Any, twice: bool, tail: Tail | None) -> tuple[jax.Array, jax.Array]:
-        """(sums of losses, counts) of the members [M]; the weights have every update then.
-
-        If ``twice``, they are also those of the weights as the period began.
-        """
+    def _losses(self, keys: jax.Array, batch: Any, tail: Tail | None) -> tuple[jax.Array, jax.Array]:
+        """(sums of losses, counts) of the members of the next step [M]; the weights have every update then."""
         parts = batch if isinstance(batch, list) else [batch]
         if not parts:
             raise ValueError("a step of no batches: expected a batch, or a list of them")
-        chunks, estimator = self._chunks[twice], self._estimator
-        members = [(keys, chunks[0][1])]
-        if len(chunks) > 1 or estimator.eps is not None or estimator.full is not None:
-            members = _members(estimator, keys, self._state.step, chunks)
-        anchored = members if twice else []
+        members, anchored = self._rule.members(self._state, keys, self.steps_done)
         if self._generated is not None:
             self._weights.settle()
             visits = [(self._stream.probe_visits(some), len(some[1])) for some in members]
@@ -411,33 +344,6 @@ class Run:
                 raise ValueError(f"a batch of {sorted(part)} has no loss: expected 'ids' and 'targets'")
         total = sums[0] if len(sums) == 1 else _total(sums)
         return total if tail is None else only_finite(total, tail.gradient)
-
-    def _keys(self) -> jax.Array:
-        """Of the directions of the next step."""
-        state, estimator = self._state, self._estimator
-        of_anchor = 0 if estimator.full is None else estimator.full.directions
-        return _step_keys(state.key, state.step, estimator.directions, estimator.direction, of_anchor)
-
-    def _concluded(self, keys: jax.Array, sums: Any, anchor: Any, step: Any = None) -> tuple[Info, State]:
-        """What a step found, from (loss sums, counts) of its members, and the state after it; the next one if None."""
-        how, state = (self._estimator, self._optimizer), self._state
-        step = state.step if step is None else step
-        info, opt_state, step = _conclude(*how, keys, sums, state.opt_state, step, anchor)
-        return info, state._replace(opt_state=opt_state, step=step)
-
-    def _since_anchor(self, step: int) -> int:
-        """How many steps the first one of its period is back; 0 without an anchor."""
-        return 0 if self._estimator.full is None else step % (self._estimator.direction.refresh or 1)
-
-    def _anchor_of(self, step: int) -> jax.Array | None:
-        """The coefficients that the first step of a period gave, for a later one; see `zo2jax.svrg`."""
-        first = step - self._since_anchor(step)
-        if first == step:
-            return None
-        if self._full is None or self._full[0] != first:  # of another process
-            info, _ = self._concluded(self._keys(), self._sums_of(first), None, np.uint32(first))
-            self._full = first, info.projected_gradient
-        return self._full[1]
 
     @property
     def _whole(self) -> State:
@@ -467,52 +373,8 @@ class Run:
         """Takes the steps of the journal that are later than the weights."""
         journal = self._files.journal
         for step in range(int(self._state.step), len(journal)):
-            self._state = self._concluded(self._keys(), self._sums_of(step), self._anchor_of(step))[1]
+            self._state = self._rule.again(self._state, step)[1]
         self._weights.replay(journal, len(journal))
-
-    def _sums_of(self, step: int) -> tuple[jax.Array, jax.Array]:
-        """What the program of a step is given to find what it found then: losses are sums over a count of 1."""
-        losses = self._files.journal.record(step).losses
-        if self._since_anchor(step):
-            losses = losses[: 2 * len(self._estimator.probes)]
-        return jnp.asarray(losses), jnp.ones(len(losses))
-
-    def _complete_metrics(self) -> None:
-        """Writes the lines of steps that the journal has and the metrics lack, as when the run was killed between."""
-        for step in sorted(set(range(1, self.steps_done + 1)) - self._metrics.trained):
-            given = self._keys(), self._sums_of(step - 1), self._anchor_of(step - 1), np.uint32(step - 1)
-            info, skipped = self._concluded(*given)[0], self._files.journal.record(step - 1).skipped
-            self._metrics.write(of_step(step, info.loss, info.projected_gradient, skipped))
-
-    def _record(self, info: StepInfo | None) -> None:
-        if info is None:
-            return
-        update, parts = info.update, (info.loss, info.projected_gradient, info.losses)
-        wanted = (*parts, update.coefs, update.decay, info.skipped)
-        with mark("wait"):
-            loss, gradient, losses, coefs, decay, skipped = jax.device_get(wanted)
-        now = time.perf_counter()
-        seconds = float("nan") if self._finished is None else now - self._finished
-        self._finished, self._rate = now, info.tokens / seconds
-        if info.step > len(self._files.journal):  # or its metrics could not be written
-            losses = np.pad(losses, (0, self._estimator.members - len(losses)))  # records have one length
-            self._files.journal.append(Record(losses, coefs, decay, bool(skipped)))
-        line = of_step(info.step, loss, gradient, bool(skipped))
-        line["tokens_per_second"] = number(self._rate)
-        if moved := info.bytes_up + info.bytes_down:
-            share = number(moved / seconds / measure_link().both)
-            line |= {"link/bytes_up": info.bytes_up, "link/bytes_down": info.bytes_down, "link/share": share}
-        self._metrics.write(line | memory_peaks())
-        self._skipped_in_row = self._skipped_in_row + 1 if skipped else 0
-
-
-_step_keys = jax.jit(step_keys, static_argnums=(2, 3, 4))
-
-
-@partial(jax.jit, static_argnums=0)
-def _members(estimator: Estimator, keys: jax.Array, step: jax.Array, chunks: Any) -> list[Members]:
-    """What `Stream.train` is given of each chunk."""
-    return [(keys[k], estimator.scaled(rows, step)) for k, rows in chunks]
 
 
 @jax.jit
@@ -520,28 +382,3 @@ def _total(sums: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.
     """Of all batches of a step, in their order."""
     losses, counts = zip(*sums, strict=True)
     return sum(losses[1:], losses[0]), sum(counts[1:], counts[0])
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _conclude(
-    estimator: Estimator,
-    optimizer: Optimizer,
-    keys: jax.Array,
-    sums: Any,
-    opt_state: Any,
-    step: jax.Array,
-    anchor: jax.Array | None,
-) -> tuple[Info, Any, jax.Array]:
-    """From (loss sums, counts) of the members to the step's update, the optimizer's state and the next step."""
-    total, count = sums
-    losses = total / jnp.where(count > 0, count, 1)
-    info, opt_state = conclude(estimator, optimizer, keys, losses, opt_state, step, anchor)
-    return info, opt_state, step + 1
-
-
-def _tokens(batch: Any) -> int:
-    """How many tokens a batch, or a list of batches, holds: the size of ``ids``, or of its first array."""
-    if isinstance(batch, list):
-        return sum(map(_tokens, batch))
-    leaf = batch["ids"] if isinstance(batch, Mapping) and "ids" in batch else jax.tree.leaves(batch)[0]
-    return int(np.size(leaf))
