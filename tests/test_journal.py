@@ -145,6 +145,25 @@ def test_a_full_disk_costs_no_step(tmp_path, monkeypatch):
     assert len(Recorded(path)) == 3
 
 
+def test_a_run_goes_on_after_a_full_disk(tmp_path, monkeypatch):
+    """Whoever frees some space after `flush` has failed loses nothing: the journal has that step too."""
+    data, real = batches(), os.pwrite
+    with opened("dense", tmp_path) as run:
+        for batch in data[:2]:
+            run.step(batch)
+        monkeypatch.setattr(os, "pwrite", lambda file, record, at: real(file, record[:5], at))
+        for _ in range(2):
+            with pytest.raises(OSError, match="step 2 could not be written"):
+                run.flush()
+        monkeypatch.undo()
+        for batch in data[2:4]:
+            run.step(batch)
+        weights = jax.tree.map(np.array, run.model.params)
+    assert len(Recorded(tmp_path / "journal")) == 4
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    jax.tree.map(np.testing.assert_array_equal, dict(zo.replay(model_of("dense"), tmp_path).params), weights)
+
+
 @pytest.mark.parametrize("configured", [False, True])
 def test_programs_of_a_gpu_stay_with_the_run(configured, tmp_path, monkeypatch):
     """As if there were one: tests/test_gpu.py has a process that goes on with them."""

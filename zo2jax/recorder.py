@@ -115,8 +115,7 @@ class Recorder:
 
     def flush(self) -> None:
         """Writes the last step before somebody looks at the run: the time until the next one is no step's."""
-        previous, self._pending = self._pending, None
-        self._record(previous)
+        self.write()
         self._finished, self._rate = None, float("nan")
 
     def _record(self, info: StepInfo | None) -> None:
