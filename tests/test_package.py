@@ -25,7 +25,7 @@ LAYERS = [
     {"pages", "metrics"},
     {"header", "journal", "shapes"},
     {"probes", "pending", "factored", "link", "files", "stores", "plan"},
-    {"visits", "folding"},
+    {"visits", "folding", "conveyor"},
     {"masters", "tail"},
     {"accumulated", "listed"},
     {"stream", "objectives", "adapters"},
