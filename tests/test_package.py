@@ -28,6 +28,7 @@ LAYERS = [
     {"visits", "folding", "conveyor"},
     {"masters", "tail"},
     {"accumulated", "listed"},
+    {"resident"},
     {"stream", "objectives", "adapters"},
     {"first_order", "sensitivity"},
     {"checkpoint", "kept", "weights", "directory", "restored", "saver", "run", "replay"},

@@ -144,7 +144,7 @@ def test_only_vectors_are_read_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(CodedTensor, "codes", None)
     with stream_of(zo.load(folder), tmp_path / "pages", basis=jax.random.key(2)) as stream:
         assert sorted(stream.in_files) == sorted(NAMES)
-        assert len(read) == sum(map(len, stream._rest.values())) and {len(shape) for shape in read} == {1}
+        assert len(read) == sum(map(len, stream._resident.vectors().values())) and {len(shape) for shape in read} == {1}
 
 
 def test_evaluation_needs_no_page_files(tmp_path):

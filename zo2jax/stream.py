@@ -1,12 +1,13 @@
 """The stream: carries go through the blocks of a model, and the blocks through the device.
 
-One loop serves training, evaluation, generation and flush; `zo2jax.conveyor` brings it the blocks. A training visit
-applies the last step's update to a block, makes the probes of the new weights from the same read, matrix by matrix, and
-takes the members of the population one block further; where they come in parts, or with several batches, the next ones
-follow in visits of their own, while the block is there.
+One loop serves training, evaluation, generation and flush; `zo2jax.conveyor` brings it the pages of each block, and
+`zo2jax.resident` has what of the blocks stays on the device. A training visit applies the last step's update to a
+block, makes the probes of the new weights from the same read, matrix by matrix, and takes the members of the population
+one block further; where they come in parts, or with several batches, the next ones follow in visits of their own, while
+the block is there.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from zo2jax import visits
-from zo2jax.accumulated import Accumulated
 from zo2jax.conveyor import Conveyor
 from zo2jax.directions import Direction
 from zo2jax.factored import merge
 from zo2jax.formats import Format
-from zo2jax.leaves import leaf_ids
 from zo2jax.link import StoreError
-from zo2jax.listed import Listed
 from zo2jax.models.blocks import Block, Params, Visit, block_of, owned_shapes, set_leaf
 from zo2jax.models.layers import Batch, Cache
-from zo2jax.pages import flat, layouts_of
+from zo2jax.pages import Place, ids_of, layouts_of
 from zo2jax.plan import Plan
-from zo2jax.stores import Keep, Pages, Store
+from zo2jax.resident import Resident, sums_of
+from zo2jax.stores import Pages, Store
 from zo2jax.tail import Tail
 from zo2jax.updates import Rounding, Update
 from zo2jax.visits import ReadOnly, Stage
@@ -92,45 +91,24 @@ class Stream(Mapping[str, Params]):
         self.blocks, self.plan = tuple(blocks), plan
         self._how: dict[str, Any] = {"direction": direction.everywhere, "rounding": rounding}
         self._number = {block.name: i for i, block in enumerate(self.blocks)}
-        shapes = owned_shapes(self.blocks)
-        self.leaf_ids = leaf_ids(shapes)
-        named = jax.tree.unflatten(jax.tree.structure(shapes), list(self.leaf_ids))
-        self._names = {f"{block}.{name}": i for block, leaves in named.items() for name, i in flat(leaves).items()}
+        self._shapes = owned_shapes(self.blocks)
         self.layouts = layouts_of(self.blocks, format, apart=basis is not None or fixed)
-        self._shapes = shapes
+        self._ids = ids_of(self.blocks, self.layouts)
         plan.check(self._number)
-        self._sums: Accumulated | Listed | None = None
-        if basis is not None:
-            how = self.layouts, direction, rounding, basis
-            self._sums = Accumulated(*how, momentum) if direction.rank else Listed(*how, directions)
-        owners = {block_of(owner, shapes) for block in self.blocks for owner in block.aliases.values()}
-        masters = None if self._sums is None else self._sums.masters
-        self._conveyor = Conveyor(self.layouts, plan, owners, masters, directory)
-        self.tiers = self._conveyor.tiers
-        self._rest: dict[int, dict[str, Any]] = {}
-        self._anchor: dict[int, dict[str, Any]] | None = {} if anchor else None
-        """The same as the period began: of matrices nothing has to be kept for that."""
-        fixed = fixed or (basis is not None and direction.refresh is None)
-        begin = partial(self._begin, {} if kept is None else kept)
-        self.in_files = self._conveyor.fill(source, begin, coded=format is not None, fixed=fixed)
-        """Blocks of the disk tier that stay in the model's own files; the others have page files."""
         self._stages = visits.stages_of(self.blocks, tuple(self.layouts.items()), direction)
         self._first = visits.first_that_differs(self._stages)
-        self._ids = [self._leaf_ids(block) for block in self.blocks]
-        self._homes = [[self._number[block_of(owner, shapes)] for owner in b.aliases.values()] for b in self.blocks]
+        self._homes = [_homes_of(*each, self._shapes) for each in zip(self.blocks, self._stages, strict=True)]
+        sums = sums_of(self.layouts, direction, rounding, basis, directions, momentum)
+        self._resident = Resident(self.layouts, sums, anchor=anchor)
+        owners = {home for homes in self._homes for home, _ in homes}
+        self._conveyor = Conveyor(self.layouts, plan, owners, self._resident.masters, directory)
+        self.tiers = self._conveyor.tiers
+        fixed = fixed or (basis is not None and direction.refresh is None)
+        begin = partial(self._resident.begin, {} if kept is None else kept)
+        self.in_files = self._conveyor.fill(source, begin, coded=format is not None, fixed=fixed)
+        """Blocks of the disk tier that stay in the model's own files; the others have page files."""
         self._compiled: set[Any] = set()  # by the shapes of what a training sweep is given
         self._torn = False  # whether some blocks may lack an update that others have
-
-    def _begin(self, kept: Mapping[str, Params], name: str, leaves: Mapping[str, Any], keep: Keep) -> None:
-        """Keeps the leaves of a block that are in no page, and goes on with what is ``kept`` of those beside it."""
-        i = self._number[name]
-        self._rest[i] = {leaf: jnp.array(leaves[leaf]) for leaf in self.layouts[name].rest}
-        beside = {} if self._sums is None else kept.get(name, {})
-        if self._anchor is not None:
-            then = flat(beside.get("anchor", {}))
-            self._anchor[i] = _copied({leaf: then.get(leaf, x) for leaf, x in self._rest[i].items()})
-        if self._sums is not None:
-            self._sums.begin(name, leaves, beside, keep)
 
     @property
     def bytes_up(self) -> int:
@@ -153,7 +131,7 @@ class Stream(Mapping[str, Params]):
         Of codes: their float32 masters, if there are any, from which they are made again; or `Codes`.
         """
         leaves = self._held(name)
-        for leaf, master in () if self._sums is None else self._sums.of_masters(name).items():
+        for leaf, master in self._resident.of_masters(name).items():
             if dict(self.layouts[name].matrices)[leaf].scale is not None:
                 set_leaf(leaves, leaf, master)
         return leaves
@@ -161,19 +139,13 @@ class Stream(Mapping[str, Params]):
     def _held(self, name: str) -> Params:
         i = self._number[name]
         self._check_whole()
-        leaves = self.layouts[name].unpack(self._conveyor.read(i), _copied(self._rest[i]))
+        leaves = self.layouts[name].unpack(self._conveyor.read(i), self._resident.copied(name))
         return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, leaves)
 
     def beside(self, name: str) -> Params:
-        """A copy of what is beside a block's matrices, as `Accumulated.saved` or `Listed.saved` says, or {}.
-
-        And of its vectors as the period began, if there is an anchor.
-        """
+        """A copy of what is beside a block's pages, as `zo2jax.resident.Resident.saved` says, or {}."""
         self._check_whole()
-        found = {} if self._sums is None else self._sums.saved(name)
-        for leaf, x in ({} if self._anchor is None else self._anchor[self._number[name]]).items():
-            set_leaf(found.setdefault("anchor", {}), leaf, jnp.array(x))
-        return found
+        return self._resident.saved(name)
 
     def __iter__(self) -> Any:
         """The names of the blocks, in order."""
@@ -218,8 +190,7 @@ class Stream(Mapping[str, Params]):
         self._torn = True
         carries = [visits.for_members(x, len(p[1])) if self._first else None for x in before for p in every]
         del before
-        if self._sums is not None:
-            self._sums.update(update, np.int32(1))
+        self._resident.update(update, np.int32(1))
         end = len(self.blocks) if tail is None else tail.begins(self._number)
         for i in range(self._first, end):
             self._visit(i, given, then, carries)
@@ -253,20 +224,20 @@ class Stream(Mapping[str, Params]):
 
         ``then`` says of which visits the weights are those of the anchor.
         """
-        stage, done = self._stages[i], []
-        pages, tied, read_only = self._conveyor.take(i), self._tied(i), self._sums is not None
+        stage, name, read_only, done = self._stages[i], self.blocks[i].name, self._resident.read_only, []
+        pages, tied = self._conveyor.take(i), self._tied(i)
         visit, moves = visits.visit_of(stage, read_only), stage.moves_matrices and not read_only
         for j, (update, probes, batch) in enumerate(given):
-            rest = self._vectors(then[j])
-            (changed, rest[i]), carries[j], over = visit(
-                stage, pages, rest[i], tied, self._beside(i, then[j]), self._ids[i], update, probes, carries[j], batch,
-                **self._how,
+            rest = self._resident.vectors(then[j])
+            (changed, rest[name]), carries[j], over = visit(
+                stage, pages, rest[name], tied, self._beside(i, then[j]), self._ids[i], update, probes, carries[j],
+                batch, **self._how,
             )  # fmt: skip
             done.append(over)
             if moves:
                 pages = changed
-            elif stage.moves_matrices and j == 0 and self._sums is not None:
-                self._sums.take(self.blocks[i].name, changed)
+            elif stage.moves_matrices and j == 0:
+                self._resident.take(name, changed)
             del changed
         if moves:
             self._conveyor.put(i, pages)
@@ -283,7 +254,8 @@ class Stream(Mapping[str, Params]):
         """Compiles the visits of a sweep before it begins: XLA tries kernels out, and that memory is free then."""
         given = update, probes, batch
         if (shapes := visits.shapes_of(given)) not in self._compiled:
-            held = [(self._rest[i], self._tied(i), self._beside(i), ids) for i, ids in enumerate(self._ids)]
+            rest = [self._resident.vectors()[block.name] for block in self.blocks]
+            held = [(x, self._tied(i), self._beside(i), self._ids[i]) for i, x in enumerate(rest)]
             end = len(held) if tail is None else tail.begins(self._number)
             carry = visits.precompile(self._stages[:end], held[:end], given, self._how)
             if tail is not None:
@@ -303,8 +275,7 @@ class Stream(Mapping[str, Params]):
         """
         self._check_whole()
         self._torn = True
-        if self._sums is not None:
-            self._sums.update(updates, np.int32(count))
+        self._resident.update(updates, np.int32(count))
         for i, stage in enumerate(self._stages):
             if stage.moves:
                 self._apply(i, updates, np.int32(count))
@@ -312,39 +283,34 @@ class Stream(Mapping[str, Params]):
 
     def _apply(self, i: int, *given: Any) -> None:
         """Has a block take updates that what all blocks share has taken already."""
-        stage, ids, how = self._stages[i], self._ids[i], self._how
-        if self._sums is not None or not stage.moves_matrices:
-            changed, self._rest[i] = visits.add(stage, self._rest[i], self._beside(i), ids, *given, **how)
-            if self._sums is not None:
-                self._sums.take(self.blocks[i].name, changed)
+        stage, ids, name, rest = self._stages[i], self._ids[i], self.blocks[i].name, self._resident.vectors()
+        if self._resident.read_only or not stage.moves_matrices:
+            changed, rest[name] = visits.add(stage, rest[name], self._beside(i), ids, *given, **self._how)
+            self._resident.take(name, changed)
         else:
-            pages, self._rest[i] = visits.apply(stage, self._conveyor.take(i), self._rest[i], ids, *given, **how)
+            pages, rest[name] = visits.apply(stage, self._conveyor.take(i), rest[name], ids, *given, **self._how)
             self._conveyor.put(i, pages)
 
     def replace(self, leaves: Mapping[str, Params]) -> None:
         """Puts float32 leaves, by block, in the place of those there, rounded to nearest; of blocks on the device."""
         self._check_whole()
         for name, changed in leaves.items():
-            i = self._number[name]
-            held = self._conveyor.take(i), self._rest[i]
-            pages, self._rest[i] = visits.replace_leaves(self._stages[i], *held, changed)
+            i, rest = self._number[name], self._resident.vectors()
+            pages, rest[name] = visits.replace_leaves(self._stages[i], self._conveyor.take(i), rest[name], changed)
             self._conveyor.put(i, pages)
 
     def fold(self, basis: jax.Array) -> None:
         """Takes what is beside the pages into them, and begins another period with this key (typed, [])."""
-        assert self._sums is not None, "only pages that are read alone have folds"
         self._check_whole()
         self._conveyor.wait()
         self._conveyor.forget()  # pages that are about to change
-        self._torn, sums = True, self._sums
+        self._torn = True
 
         def fold(i: int, store: Store) -> tuple[int, int]:
-            return sums.fold(self.blocks[i].name, store, self._ids[i][0])
+            return self._resident.fold(self.blocks[i].name, store, self._ids[i][0])
 
         self._conveyor.edit(fold)
-        self._sums.restart(basis)
-        if self._anchor is not None:
-            self._anchor = {i: _copied(rest) for i, rest in self._rest.items()}
+        self._resident.restart(basis)
         self._torn = False
 
     def _given(self, i: int, then: bool = False) -> tuple[Any, ...]:
@@ -352,26 +318,12 @@ class Stream(Mapping[str, Params]):
 
         ``then`` as the period began.
         """
-        pages = self._conveyor.take(i)
-        return pages, self._vectors(then)[i], self._tied(i), self._beside(i, then), self._ids[i]
+        pages, rest = self._conveyor.take(i), self._resident.vectors(then)[self.blocks[i].name]
+        return pages, rest, self._tied(i), self._beside(i, then), self._ids[i]
 
     def _beside(self, i: int, then: bool = False) -> ReadOnly | None:
         """What a visit is given beside the pages, if those are only read; ``then`` as the period began."""
-        if self._sums is None:
-            return None
-        homes = [self.blocks[home].name for home in self._homes[i]]
-        tied = [(home, place) for home, (_, place) in zip(homes, self._stages[i].tied, strict=True)]
-        if not then:
-            return self._sums.beside(self.blocks[i].name, tied)
-        assert isinstance(self._sums, Accumulated), "anchors are of low-rank directions"
-        return self._sums.at_anchor(self.blocks[i].name, tied)
-
-    def _vectors(self, then: bool) -> dict[int, dict[str, Any]]:
-        """The leaves that are in no page, by block; ``then`` as the period began."""
-        if not then:
-            return self._rest
-        assert self._anchor is not None, "a stream is told that there is an anchor"
-        return self._anchor
+        return self._resident.beside(self.blocks[i].name, self._homes[i], then)
 
     def _check_whole(self) -> None:
         """Raises StoreError after a sweep that broke off, or a page that was not kept."""
@@ -399,7 +351,7 @@ class Stream(Mapping[str, Params]):
         """
         self._check_whole()
         i = self._number[name]
-        held = self._conveyor.take(i), self._rest[i], self._tied(i), self._ids[i]
+        held = self._conveyor.take(i), self._resident.vectors()[name], self._tied(i), self._ids[i]
         self._conveyor.release(i, see(self._stages[i], held))
 
     def probe_visits(self, probes: Members, then: bool = False) -> Visit:
@@ -411,8 +363,7 @@ class Stream(Mapping[str, Params]):
 
         def visit(block: Block, carry: Any, batch: Batch, cache: Cache | None) -> tuple[Any, Cache | None]:
             i = self._number[block.name]
-            held = self._given(i, then)
-            out = visits.extend(self._stages[i], *held, probes, (carry, batch), cache, **self._how)
+            out = visits.extend(self._stages[i], *self._given(i, then), probes, (carry, batch), cache, **self._how)
             self._conveyor.release(i, [out])
             return out
 
@@ -426,20 +377,15 @@ class Stream(Mapping[str, Params]):
         """Waits, and lets go of host memory and page files. Closing twice does nothing more."""
         self._conveyor.close(wait=not (self._torn or self._conveyor.lost))
 
-    def _leaf_ids(self, block: Block) -> Any:
-        layout = self.layouts[block.name]
-        parts = [name for name, _ in layout.matrices], sorted(layout.rest)
-        own = [[self._names[f"{block.name}.{name}"] for name in part] for part in parts]
-        ids = (*own, [self._names[owner] for owner in block.aliases.values()])
-        return tuple(jnp.array(part, jnp.uint32) for part in ids)  # on the device: an upload would wait for pages
-
     def _tied(self, i: int) -> tuple[Pages, ...]:
         """The pages of the blocks with whose matrices this one shares."""
-        return tuple(map(self._conveyor.here, self._homes[i]))
+        return tuple(self._conveyor.here(self._number[home]) for home, _ in self._homes[i])
 
 
-def _copied(leaves: dict[str, Any]) -> dict[str, Any]:
-    return {name: jnp.array(leaf) for name, leaf in leaves.items()}
+def _homes_of(block: Block, stage: Stage, blocks: Collection[str]) -> list[tuple[str, Place]]:
+    """The matrices that a block shares, with the blocks that own them."""
+    owners = zip(block.aliases.values(), stage.tied, strict=True)
+    return [(block_of(owner, blocks), place) for owner, (_, place) in owners]
 
 
 def _joined(parts: Sequence[Any]) -> Any:
