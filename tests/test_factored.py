@@ -304,7 +304,7 @@ def test_the_stream_can_wait_for_visits_that_only_read(tmp_path):
     options = {"directory": tmp_path, "key": jax.random.key(5), "plan": PLANS["host"]}
     with zo.Run(model, zo.two_point(1e-3, direction=lowrank(2)), zo.sgd(1e-3), **options) as run:
         run.step(next(batches(1)))
-        waiting = run._stream._last
+        waiting = run._stream._conveyor._last
         assert waiting and all(results and not results[0].is_deleted() for results in waiting.values())
 
 

@@ -174,7 +174,7 @@ def test_a_visit_needs_the_probes_of_one_leaf():
     run = stream.Stream(model.blocks, model.source, zo.normal, zo.stochastic, zo.Plan())
     update = zo.Update(jax.random.split(jax.random.key(0), 1), jnp.zeros(1), jnp.zeros(()))
     tokens, number = jnp.zeros((1, 16), jnp.int32), 2
-    pages, rest = run._stores[number].upload(), run._rest[number]
+    pages, rest = run._conveyor.take(number), run._resident.vectors()[model.blocks[number].name]
     compiled = visits_of_a_stream.train.lower(
         run._stages[number],
         pages,

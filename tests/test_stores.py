@@ -53,7 +53,7 @@ def stored(stream: Stream) -> dict:
     """What is in the tiers: read as for a checkpoint, and uploaded as for a visit."""
     found = {name: stream.stored(name) for name in stream}
     for i, name in enumerate(stream):
-        pages = result(stream._stores[i].upload())
+        pages = result(stream._conveyor._stores[i].upload())
         uploaded = stream.layouts[name].unpack(pages, {x: flat(found[name])[x] for x in stream.layouts[name].rest})
         jax.tree.map(np.testing.assert_array_equal, uploaded, found[name])
     return found
@@ -144,7 +144,7 @@ def test_only_vectors_are_read_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(CodedTensor, "codes", None)
     with stream_of(zo.load(folder), tmp_path / "pages", basis=jax.random.key(2)) as stream:
         assert sorted(stream.in_files) == sorted(NAMES)
-        assert len(read) == sum(map(len, stream._rest.values())) and {len(shape) for shape in read} == {1}
+        assert len(read) == sum(map(len, stream._resident.vectors().values())) and {len(shape) for shape in read} == {1}
 
 
 def test_evaluation_needs_no_page_files(tmp_path):
@@ -174,7 +174,7 @@ def test_a_file_that_changes_is_one_error(change: Callable[[Path], None], tmp_pa
     with stream_of(model, tmp_path / "pages", fixed=True) as stream:
         stored(stream)
         change(tmp_path / "m" / "model.safetensors")
-        for use in (lambda: stream.stored("embed"), lambda: result(stream._stores[0].upload())):
+        for use in (lambda: stream.stored("embed"), lambda: result(stream._conveyor._stores[0].upload())):
             with pytest.raises(StoreError, match=r"model\.safetensors has changed since the model was loaded"):
                 use()
     with pytest.raises(StoreError, match=r"model\.safetensors has changed since the model was loaded"):

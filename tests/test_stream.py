@@ -254,8 +254,8 @@ def test_a_sweep_that_broke_off_is_not_saved(call, tmp_path, monkeypatch):
             return real(*arguments)
 
         if call == "interrupt":
-            real = run._stream._left
-            monkeypatch.setattr(run._stream, "_left", once)
+            real = run._stream._conveyor._left
+            monkeypatch.setattr(run._stream._conveyor, "_left", once)
         else:
             real = getattr(os, call)
             monkeypatch.setattr(os, call, once)
@@ -325,8 +325,8 @@ def test_visits_are_compiled_once_and_before_the_sweep(tmp_path, caplog):
     model = FAMILIES["opt"](True).init(jax.random.key(1))
     began = []
     with zo.Run(model, zo.two_point(1e-3), zo.sgd(1e-3), directory=tmp_path, key=jax.random.key(5)) as run:
-        take = run._stream._take
-        run._stream._take = lambda i: began.append(len(caplog.records)) or take(i)
+        take = run._stream._conveyor.take
+        run._stream._conveyor.take = lambda i: began.append(len(caplog.records)) or take(i)
         with jax.log_compiles(), caplog.at_level("WARNING"):
             for batch in batches(2, rows=5):  # rows no other test has, or their programs are in the process already
                 run.step(batch)

@@ -1,6 +1,6 @@
 """What only folds touch, in the tier of each block: float32 masters of codes, and int16 residuals of bfloat16."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,7 +14,7 @@ from zo2jax.formats import decoded
 from zo2jax.models.blocks import Params, set_leaf
 from zo2jax.pages import Layout, codes_in, flat
 from zo2jax.pending import Terms
-from zo2jax.stores import Edit, Store
+from zo2jax.stores import Edit, Keep, Store
 from zo2jax.updates import Rounding, residual
 
 _NOTHING = Layout((), (), ())
@@ -53,9 +53,7 @@ class Masters:
         """How that lies which only folds touch, by block."""
         self._stores: dict[str, Store] = {}
 
-    def begin(
-        self, name: str, leaves: Mapping[str, Any], kept: Params, keep: Callable[[str, Layout, Params], Store]
-    ) -> None:
+    def begin(self, name: str, leaves: Mapping[str, Any], kept: Params, keep: Keep) -> None:
         """Goes on with what `saved` gave of a block, if there is any; its leaves become masters, by dotted name."""
         layout, masters = self._layouts[name], self.masters[name]
         if kept:

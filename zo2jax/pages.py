@@ -6,7 +6,7 @@ where kernels change it in place. Vectors (norms, biases: under 1 % of the bytes
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -19,7 +19,7 @@ from jax import lax
 from pallas_kernels.perturb import ALIGNMENT
 from pallas_kernels.quantized import Codes
 from zo2jax.formats import Format, encode
-from zo2jax.leaves import is_trained
+from zo2jax.leaves import is_trained, leaf_ids
 from zo2jax.models.blocks import Block, Params, owned_shapes, set_leaf
 from zo2jax.models.quantized import Quantized
 from zo2jax.models.tensors import Extent
@@ -257,6 +257,33 @@ def layouts_of(blocks: Sequence[Block], format: Format | None = None, *, apart: 
     ('bias', 'scale')
     """
     return {name: Layout.of(leaves, format, name, apart=apart) for name, leaves in owned_shapes(blocks).items()}
+
+
+def ids_of(blocks: Sequence[Block], layouts: Mapping[str, Layout]) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+    """The ids of each block's leaves, uint32, on the device: (of its matrices, of the others, of those that it shares).
+
+    Raises:
+        TypeError, ValueError: see `zo2jax.leaves.leaf_ids`.
+
+    >>> from flax import nnx
+    >>> blocks = [Block.define("norm", lambda rngs: nnx.LayerNorm(4, rngs=rngs))]
+    >>> [ids.shape for ids in ids_of(blocks, layouts_of(blocks))[0]]
+    [(0,), (2,), (0,)]
+    """
+    shapes = owned_shapes(blocks)
+    named = jax.tree.unflatten(jax.tree.structure(shapes), list(leaf_ids(shapes)))
+    known = {f"{block}.{name}": i for block, leaves in named.items() for name, i in flat(leaves).items()}
+
+    def ids(names: Iterable[str]) -> jax.Array:  # on the device: an upload would wait for pages
+        return jnp.array([known[name] for name in names], jnp.uint32)
+
+    found = []
+    for block in blocks:
+        layout = layouts[block.name]
+        parts = [name for name, _ in layout.matrices], sorted(layout.rest)
+        matrices, rest = ([f"{block.name}.{name}" for name in part] for part in parts)
+        found.append((ids(matrices), ids(rest), ids(block.aliases.values())))
+    return found
 
 
 def flat(leaves: Params) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Stores: where the pages of a block live. On the device, in page-locked host memory, or in files."""
 
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -33,6 +33,10 @@ class Store(Protocol):
 
     def edit(self) -> AbstractContextManager[Edit]:
         """The pages, to change pieces of them; kept when the context ends."""
+
+
+Keep = Callable[[str, Layout, Params], Store]
+"""Puts the matrices among leaves into a store of their own: (name, layout, leaves) -> store."""
 
 
 class OnDevice:

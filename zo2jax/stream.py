@@ -1,17 +1,13 @@
 """The stream: carries go through the blocks of a model, and the blocks through the device.
 
-One loop serves training, evaluation, generation and flush. Before a block is computed, the upload of the next one is
-begun (memory that is allocated after a computation was issued waits for it); what a visit changed is written back while
-later blocks are computed; and an upload waits until earlier blocks have left the device, so that there are never more
-than ``prefetch + 2`` of them there, nor more bytes than `zo2jax.plan.room` says. Nothing else waits within a step. A
-training visit applies the last step's update to a block, makes the probes of the new weights from the same read, matrix
-by matrix, and takes the members of the population one block further; where they come in parts, or with several batches,
-the next ones follow in visits of their own, while the block is there.
+One loop serves training, evaluation, generation and flush; `zo2jax.conveyor` brings it the pages of each block, and
+`zo2jax.resident` has what of the blocks stays on the device. A training visit applies the last step's update to a
+block, makes the probes of the new weights from the same read, matrix by matrix, and takes the members of the population
+one block further; where they come in parts, or with several batches, the next ones follow in visits of their own, while
+the block is there.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,19 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from zo2jax import visits
-from zo2jax.accumulated import Accumulated
+from zo2jax.conveyor import Conveyor
 from zo2jax.directions import Direction
 from zo2jax.factored import merge
 from zo2jax.formats import Format
-from zo2jax.leaves import leaf_ids
-from zo2jax.link import Copy, StoreError
-from zo2jax.listed import Listed
-from zo2jax.marks import mark
-from zo2jax.models.blocks import Block, Params, Source, Visit, block_of, owned_shapes, set_leaf
+from zo2jax.link import StoreError
+from zo2jax.models.blocks import Block, Params, Visit, block_of, owned_shapes, set_leaf
 from zo2jax.models.layers import Batch, Cache
-from zo2jax.pages import flat, layouts_of
-from zo2jax.plan import Plan, following, room
-from zo2jax.stores import FOLDS_OF_FILES, Pages, Store, Tiers, result
+from zo2jax.pages import Place, ids_of, layouts_of
+from zo2jax.plan import Plan
+from zo2jax.resident import Resident, sums_of
+from zo2jax.stores import Pages, Store
 from zo2jax.tail import Tail
 from zo2jax.updates import Rounding, Update
 from zo2jax.visits import ReadOnly, Stage
@@ -97,48 +91,34 @@ class Stream(Mapping[str, Params]):
         self.blocks, self.plan = tuple(blocks), plan
         self._how: dict[str, Any] = {"direction": direction.everywhere, "rounding": rounding}
         self._number = {block.name: i for i, block in enumerate(self.blocks)}
-        shapes = owned_shapes(self.blocks)
-        self.leaf_ids = leaf_ids(shapes)
-        named = jax.tree.unflatten(jax.tree.structure(shapes), list(self.leaf_ids))
-        self._names = {f"{block}.{name}": i for block, leaves in named.items() for name, i in flat(leaves).items()}
+        self._shapes = owned_shapes(self.blocks)
         self.layouts = layouts_of(self.blocks, format, apart=basis is not None or fixed)
-        self._shapes = shapes
-        owners = {block_of(owner, shapes) for block in self.blocks for owner in block.aliases.values()}
-        stay = {name for name, layout in self.layouts.items() if not layout.nbytes} | owners
+        self._ids = ids_of(self.blocks, self.layouts)
         plan.check(self._number)
-        self.tiers = {b.name: "device" if b.name in stay else plan.tiers.get(b.name, "device") for b in self.blocks}
-        self._sizes = [0 if t == "device" else self.layouts[name].nbytes for name, t in self.tiers.items()]
-        self._room = room([size for size in self._sizes if size], plan.prefetch)
-        self._next = following([size > 0 for size in self._sizes], plan.prefetch)
-        self._sums: Accumulated | Listed | None = None
-        if basis is not None:
-            how = self.layouts, direction, rounding, basis
-            self._sums = Accumulated(*how, momentum) if direction.rank else Listed(*how, directions)
-        layouts = [*self.layouts.items(), *(() if self._sums is None else self._sums.masters.items())]
-        host, disk = ([x.nbytes for name, x in layouts if self.tiers[name] == tier] for tier in ("host", "disk"))
-        self._kept = Tiers(host, disk, directory, pinned=plan.pinned)
-        self._stores: dict[int, Store] = {}
-        self._rest: dict[int, dict[str, Any]] = {}
-        self._anchor: dict[int, dict[str, Any]] | None = {} if anchor else None
-        """The same as the period began: of matrices nothing has to be kept for that."""
-        self.in_files: list[str] = []
-        """Blocks of the disk tier that stay in the model's own files; the others have page files."""
-        fixed = fixed or (basis is not None and direction.refresh is None)
-        try:
-            self._read(source, {} if kept is None else kept, coded=format is not None, fixed=fixed)
-        except BaseException:
-            self._kept.close()
-            raise
         self._stages = visits.stages_of(self.blocks, tuple(self.layouts.items()), direction)
         self._first = visits.first_that_differs(self._stages)
-        self._ids = [self._leaf_ids(block) for block in self.blocks]
-        self._homes = [[self._number[block_of(owner, shapes)] for owner in b.aliases.values()] for b in self.blocks]
-        self.bytes_up = self.bytes_down = 0  # over the link, so far
-        self._coming: dict[int, Any] = {}
-        self._leaving: dict[int, Copy | Future[None]] = {}
-        self._last: dict[int, Any] = {}
+        self._homes = [_homes_of(*each, self._shapes) for each in zip(self.blocks, self._stages, strict=True)]
+        sums = sums_of(self.layouts, direction, rounding, basis, directions, momentum)
+        self._resident = Resident(self.layouts, sums, anchor=anchor)
+        owners = {home for homes in self._homes for home, _ in homes}
+        self._conveyor = Conveyor(self.layouts, plan, owners, self._resident.masters, directory)
+        self.tiers = self._conveyor.tiers
+        fixed = fixed or (basis is not None and direction.refresh is None)
+        begin = partial(self._resident.begin, {} if kept is None else kept)
+        self.in_files = self._conveyor.fill(source, begin, coded=format is not None, fixed=fixed)
+        """Blocks of the disk tier that stay in the model's own files; the others have page files."""
         self._compiled: set[Any] = set()  # by the shapes of what a training sweep is given
         self._torn = False  # whether some blocks may lack an update that others have
+
+    @property
+    def bytes_up(self) -> int:
+        """Bytes that went to the device over the link, so far."""
+        return self._conveyor.bytes_up
+
+    @property
+    def bytes_down(self) -> int:
+        """Bytes that came back, so far."""
+        return self._conveyor.bytes_down
 
     def __getitem__(self, name: str) -> Params:
         """A copy of a block's leaves, with every update: JAX arrays of those on the device, else NumPy arrays."""
@@ -151,7 +131,7 @@ class Stream(Mapping[str, Params]):
         Of codes: their float32 masters, if there are any, from which they are made again; or `Codes`.
         """
         leaves = self._held(name)
-        for leaf, master in () if self._sums is None else self._sums.of_masters(name).items():
+        for leaf, master in self._resident.of_masters(name).items():
             if dict(self.layouts[name].matrices)[leaf].scale is not None:
                 set_leaf(leaves, leaf, master)
         return leaves
@@ -159,21 +139,13 @@ class Stream(Mapping[str, Params]):
     def _held(self, name: str) -> Params:
         i = self._number[name]
         self._check_whole()
-        self._left(i)
-        pages, layout = self._stores[i].read(), self.layouts[name]
-        leaves = layout.unpack(pages, _copied(self._rest[i]))
+        leaves = self.layouts[name].unpack(self._conveyor.read(i), self._resident.copied(name))
         return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, leaves)
 
     def beside(self, name: str) -> Params:
-        """A copy of what is beside a block's matrices, as `Accumulated.saved` or `Listed.saved` says, or {}.
-
-        And of its vectors as the period began, if there is an anchor.
-        """
+        """A copy of what is beside a block's pages, as `zo2jax.resident.Resident.saved` says, or {}."""
         self._check_whole()
-        found = {} if self._sums is None else self._sums.saved(name)
-        for leaf, x in ({} if self._anchor is None else self._anchor[self._number[name]]).items():
-            set_leaf(found.setdefault("anchor", {}), leaf, jnp.array(x))
-        return found
+        return self._resident.saved(name)
 
     def __iter__(self) -> Any:
         """The names of the blocks, in order."""
@@ -218,8 +190,7 @@ class Stream(Mapping[str, Params]):
         self._torn = True
         carries = [visits.for_members(x, len(p[1])) if self._first else None for x in before for p in every]
         del before
-        if self._sums is not None:
-            self._sums.update(update, np.int32(1))
+        self._resident.update(update, np.int32(1))
         end = len(self.blocks) if tail is None else tail.begins(self._number)
         for i in range(self._first, end):
             self._visit(i, given, then, carries)
@@ -235,10 +206,10 @@ class Stream(Mapping[str, Params]):
         """Each batch after the blocks that come before all that is trained, which are the same for all members."""
         carries: list[Any] = [None] * len(batches)
         for i, stage in enumerate(self._stages[: self._first]):
-            held = *self._take(i), self._tied(i), self._beside(i), self._ids[i]
+            held = self._given(i)
             for j, batch in enumerate(batches):
                 carries[j], _ = visits.plain(stage, *held, carries[j], batch, None, **self._how)
-            self._put(i, None, carries)
+            self._conveyor.release(i, carries)
             del held
         return carries
 
@@ -253,34 +224,38 @@ class Stream(Mapping[str, Params]):
 
         ``then`` says of which visits the weights are those of the anchor.
         """
-        stage, done = self._stages[i], []
-        (pages, _), tied, read_only = self._take(i), self._tied(i), self._sums is not None
+        stage, name, read_only, done = self._stages[i], self.blocks[i].name, self._resident.read_only, []
+        pages, tied = self._conveyor.take(i), self._tied(i)
         visit, moves = visits.visit_of(stage, read_only), stage.moves_matrices and not read_only
         for j, (update, probes, batch) in enumerate(given):
-            rest = self._vectors(then[j])
-            (changed, rest[i]), carries[j], over = visit(
-                stage, pages, rest[i], tied, self._beside(i, then[j]), self._ids[i], update, probes, carries[j], batch,
-                **self._how,
+            rest = self._resident.vectors(then[j])
+            (changed, rest[name]), carries[j], over = visit(
+                stage, pages, rest[name], tied, self._beside(i, then[j]), self._ids[i], update, probes, carries[j],
+                batch, **self._how,
             )  # fmt: skip
             done.append(over)
             if moves:
                 pages = changed
-            elif stage.moves_matrices and j == 0 and self._sums is not None:
-                self._sums.take(self.blocks[i].name, changed)
+            elif stage.moves_matrices and j == 0:
+                self._resident.take(name, changed)
             del changed
-        self._put(i, pages if moves else None, done)
+        if moves:
+            self._conveyor.put(i, pages)
+        else:
+            self._conveyor.release(i, done)
 
     def _settled(self, i: int, update: Update) -> Any:
         """What a visit is given of a block that has taken an update first."""
         if self._stages[i].moves:
             self._apply(i, update, np.int32(1))
-        return *self._take(i), self._tied(i), self._beside(i), self._ids[i]
+        return self._given(i)
 
     def _compile(self, update: Update | None, probes: Members, batch: Batch, tail: Tail | None) -> None:
         """Compiles the visits of a sweep before it begins: XLA tries kernels out, and that memory is free then."""
         given = update, probes, batch
         if (shapes := visits.shapes_of(given)) not in self._compiled:
-            held = [(self._rest[i], self._tied(i), self._beside(i), ids) for i, ids in enumerate(self._ids)]
+            rest = [self._resident.vectors()[block.name] for block in self.blocks]
+            held = [(x, self._tied(i), self._beside(i), self._ids[i]) for i, x in enumerate(rest)]
             end = len(held) if tail is None else tail.begins(self._number)
             carry = visits.precompile(self._stages[:end], held[:end], given, self._how)
             if tail is not None:
@@ -300,8 +275,7 @@ class Stream(Mapping[str, Params]):
         """
         self._check_whole()
         self._torn = True
-        if self._sums is not None:
-            self._sums.update(updates, np.int32(count))
+        self._resident.update(updates, np.int32(count))
         for i, stage in enumerate(self._stages):
             if stage.moves:
                 self._apply(i, updates, np.int32(count))
@@ -309,64 +283,51 @@ class Stream(Mapping[str, Params]):
 
     def _apply(self, i: int, *given: Any) -> None:
         """Has a block take updates that what all blocks share has taken already."""
-        stage, ids, how = self._stages[i], self._ids[i], self._how
-        if self._sums is not None or not stage.moves_matrices:
-            changed, self._rest[i] = visits.add(stage, self._rest[i], self._beside(i), ids, *given, **how)
-            if self._sums is not None:
-                self._sums.take(self.blocks[i].name, changed)
+        stage, ids, name, rest = self._stages[i], self._ids[i], self.blocks[i].name, self._resident.vectors()
+        if self._resident.read_only or not stage.moves_matrices:
+            changed, rest[name] = visits.add(stage, rest[name], self._beside(i), ids, *given, **self._how)
+            self._resident.take(name, changed)
         else:
-            pages, self._rest[i] = visits.apply(stage, *self._take(i), ids, *given, **how)
-            self._put(i, pages, ())
+            pages, rest[name] = visits.apply(stage, self._conveyor.take(i), rest[name], ids, *given, **self._how)
+            self._conveyor.put(i, pages)
 
     def replace(self, leaves: Mapping[str, Params]) -> None:
         """Puts float32 leaves, by block, in the place of those there, rounded to nearest; of blocks on the device."""
         self._check_whole()
         for name, changed in leaves.items():
-            i = self._number[name]
-            pages, self._rest[i] = visits.replace_leaves(self._stages[i], *self._take(i), changed)
-            self._put(i, pages, ())
+            i, rest = self._number[name], self._resident.vectors()
+            pages, rest[name] = visits.replace_leaves(self._stages[i], self._conveyor.take(i), rest[name], changed)
+            self._conveyor.put(i, pages)
 
     def fold(self, basis: jax.Array) -> None:
         """Takes what is beside the pages into them, and begins another period with this key (typed, [])."""
-        assert self._sums is not None, "only pages that are read alone have folds"
         self._check_whole()
-        self.wait()
-        self._drop_coming()  # pages that are about to change
-        self._torn, sums = True, self._sums
+        self._conveyor.wait()
+        self._conveyor.forget()  # pages that are about to change
+        self._torn = True
 
-        def fold(i: int) -> tuple[int, int]:
-            return sums.fold(self.blocks[i].name, self._stores[i], self._ids[i][0])
+        def fold(i: int, store: Store) -> tuple[int, int]:
+            return self._resident.fold(self.blocks[i].name, store, self._ids[i][0])
 
-        files = [i for i, tier in enumerate(self.tiers.values()) if tier == "disk"]
-        with ThreadPoolExecutor(FOLDS_OF_FILES) as pool:
-            moved = [*pool.map(fold, files), *map(fold, set(range(len(self.blocks))) - set(files))]
-        self.bytes_up, self.bytes_down = map(sum, zip((self.bytes_up, self.bytes_down), *moved, strict=True))
-        self._sums.restart(basis)
-        if self._anchor is not None:
-            self._anchor = {i: _copied(rest) for i, rest in self._rest.items()}
+        self._conveyor.edit(fold)
+        self._resident.restart(basis)
         self._torn = False
+
+    def _given(self, i: int, then: bool = False) -> tuple[Any, ...]:
+        """What programs are given of a block that is taken to the device: (pages, other leaves, tied, beside, ids).
+
+        ``then`` as the period began.
+        """
+        pages, rest = self._conveyor.take(i), self._resident.vectors(then)[self.blocks[i].name]
+        return pages, rest, self._tied(i), self._beside(i, then), self._ids[i]
 
     def _beside(self, i: int, then: bool = False) -> ReadOnly | None:
         """What a visit is given beside the pages, if those are only read; ``then`` as the period began."""
-        if self._sums is None:
-            return None
-        homes = [self.blocks[home].name for home in self._homes[i]]
-        tied = [(home, place) for home, (_, place) in zip(homes, self._stages[i].tied, strict=True)]
-        if not then:
-            return self._sums.beside(self.blocks[i].name, tied)
-        assert isinstance(self._sums, Accumulated), "anchors are of low-rank directions"
-        return self._sums.at_anchor(self.blocks[i].name, tied)
-
-    def _vectors(self, then: bool) -> dict[int, dict[str, Any]]:
-        """The leaves that are in no page, by block; ``then`` as the period began."""
-        if not then:
-            return self._rest
-        assert self._anchor is not None, "a stream is told that there is an anchor"
-        return self._anchor
+        return self._resident.beside(self.blocks[i].name, self._homes[i], then)
 
     def _check_whole(self) -> None:
         """Raises StoreError after a sweep that broke off, or a page that was not kept."""
-        if self._torn:
+        if self._torn or self._conveyor.lost:
             raise StoreError("an update did not reach all blocks: the run goes on from its last checkpoint and journal")
 
     def visits(self, blocks: Sequence[Block] | None = None) -> Visit:
@@ -376,9 +337,8 @@ class Stream(Mapping[str, Params]):
 
         def visit(block: Block, carry: Any, batch: Batch, cache: Cache | None) -> tuple[Any, Cache | None]:
             i = self._number[block.name]
-            held, tied = self._take(i), self._tied(i)
-            out = visits.plain(stages[i], *held, tied, self._beside(i), self._ids[i], carry, batch, cache, **self._how)
-            self._put(i, None, [out])
+            out = visits.plain(stages[i], *self._given(i), carry, batch, cache, **self._how)
+            self._conveyor.release(i, [out])
             return out
 
         return visit
@@ -391,7 +351,8 @@ class Stream(Mapping[str, Params]):
         """
         self._check_whole()
         i = self._number[name]
-        self._put(i, None, see(self._stages[i], (*self._take(i), self._tied(i), self._ids[i])))
+        held = self._conveyor.take(i), self._resident.vectors()[name], self._tied(i), self._ids[i]
+        self._conveyor.release(i, see(self._stages[i], held))
 
     def probe_visits(self, probes: Members, then: bool = False) -> Visit:
         """Visits of the probes, for generation; rows stand member by member, [M b, ...].
@@ -402,138 +363,29 @@ class Stream(Mapping[str, Params]):
 
         def visit(block: Block, carry: Any, batch: Batch, cache: Cache | None) -> tuple[Any, Cache | None]:
             i = self._number[block.name]
-            (pages, _), tied, beside = self._take(i), self._tied(i), self._beside(i, then)
-            held = pages, self._vectors(then)[i]
-            out = visits.extend(
-                self._stages[i], *held, tied, beside, self._ids[i], probes, (carry, batch), cache, **self._how
-            )
-            self._put(i, None, [out])
+            out = visits.extend(self._stages[i], *self._given(i, then), probes, (carry, batch), cache, **self._how)
+            self._conveyor.release(i, [out])
             return out
 
         return visit
 
     def wait(self) -> None:
         """Returns when every block is in its tier."""
-        for i in list(self._leaving):
-            self._left(i)
+        self._conveyor.wait()
 
     def close(self) -> None:
         """Waits, and lets go of host memory and page files. Closing twice does nothing more."""
-        try:
-            if not self._torn:
-                self.wait()
-            self._drop_coming()
-        finally:
-            self._coming.clear()
-            self._kept.close()
-
-    def _drop_coming(self) -> None:
-        """Forgets what was uploaded ahead, once it is there; or is not, which is an error for who asks for it."""
-        for pages in self._coming.values():
-            with suppress(StoreError):
-                jax.block_until_ready(result(pages))
-        self._coming.clear()
-
-    def _leaf_ids(self, block: Block) -> Any:
-        layout = self.layouts[block.name]
-        parts = [name for name, _ in layout.matrices], sorted(layout.rest)
-        own = [[self._names[f"{block.name}.{name}"] for name in part] for part in parts]
-        ids = (*own, [self._names[owner] for owner in block.aliases.values()])
-        return tuple(jnp.array(part, jnp.uint32) for part in ids)  # on the device: an upload would wait for pages
+        self._conveyor.close(wait=not (self._torn or self._conveyor.lost))
 
     def _tied(self, i: int) -> tuple[Pages, ...]:
         """The pages of the blocks with whose matrices this one shares."""
-        pages = []
-        for home in self._homes[i]:
-            held = self._stores[home].upload()
-            assert not isinstance(held, Future), "blocks that share a leaf stay on the device"
-            pages.append(held)
-        return tuple(pages)
-
-    def _read(self, source: Mapping[str, Params], kept: Mapping[str, Params], *, coded: bool, fixed: bool) -> None:
-        """Puts the blocks into their tiers: the largest first, while there is room for what reading takes."""
-        made = Source.of(source)
-
-        def read(i: int) -> None:
-            name = self.blocks[i].name
-            layout, keep = self.layouts[name], partial(self._kept.keep, self.tiers[name])
-            pieces = layout.pieces(made.extents(name)) if fixed and self.tiers[name] == "disk" else None
-            if pieces is None:
-                leaves = made.coded(name) if coded else made[name]
-                self._stores[i] = keep(name, layout, leaves)
-            else:
-                self._stores[i] = self._kept.find(layout, pieces)
-                leaves = made.others(name)
-                self.in_files.append(name)
-            named = flat(leaves)
-            self._rest[i] = {name: jnp.array(named[name]) for name in layout.rest}
-            beside = {} if self._sums is None else kept.get(name, {})
-            if self._anchor is not None:
-                then = flat(beside.get("anchor", {}))
-                self._anchor[i] = _copied({name: then.get(name, x) for name, x in self._rest[i].items()})
-            if self._sums is not None:
-                self._sums.begin(name, named, beside, keep)
-
-        order = sorted(range(len(self.blocks)), key=lambda i: -self.layouts[self.blocks[i].name].nbytes)
-        if made.concurrent:
-            list(self._kept.workers.map(read, order))
-        else:
-            for i in order:
-                read(i)
-
-    # --- the loop's parts ---
-
-    def _take(self, i: int) -> tuple[Pages, dict[str, Any]]:
-        """A block on the device; the uploads of the next ones begin first."""
-        for j in set(self._coming) - {i, *self._next[i]}:  # of a sweep that broke off
-            del self._coming[j]
-        for j in (i, *self._next[i]):
-            self._begin(j)
-        return result(self._coming.pop(i)), self._rest[i]
-
-    def _begin(self, i: int) -> None:
-        """Begins the upload of a block; waits until there is room for it on the device."""
-        if i in self._coming:
-            return
-        self._left(i)
-        if self._sizes[i]:
-            there = [j for j in self._coming if self._sizes[j]]
-            while self._last and (
-                len(self._last) + len(there) >= self.plan.prefetch + 2
-                or sum(self._sizes[j] for j in (*self._last, *there, i)) > self._room
-            ):
-                self._left(next(iter(self._last)))
-            self.bytes_up += self._sizes[i]
-        self._coming[i] = self._stores[i].upload()
-
-    def _put(self, i: int, pages: Pages | None, outs: Sequence[Any]) -> None:
-        """Ends the visits of a block, with their results: pages that changed go back to their tier."""
-        if pages is None:
-            if self._sizes[i]:  # the smallest result of a visit says when it is over
-                self._last[i] = [min(jax.tree.leaves(out), key=lambda x: x.nbytes) for out in outs]
-            return
-        if (leaving := self._stores[i].commit(pages)) is not None:
-            self._leaving[i], self._last[i] = leaving, []
-            self.bytes_down += self._sizes[i]
-            if not self.plan.overlap:
-                self._left(i)
-
-    def _left(self, i: int) -> None:
-        """Waits until a block has left the device."""
-        if i in self._leaving:
-            try:
-                with mark("wait"):
-                    self._leaving[i].result()
-            except BaseException:
-                self._torn = True
-                raise
-            del self._leaving[i]
-        with mark("wait"):
-            jax.block_until_ready([x for x in self._last.pop(i, []) if not x.is_deleted()])
+        return tuple(self._conveyor.here(self._number[home]) for home, _ in self._homes[i])
 
 
-def _copied(leaves: dict[str, Any]) -> dict[str, Any]:
-    return {name: jnp.array(leaf) for name, leaf in leaves.items()}
+def _homes_of(block: Block, stage: Stage, blocks: Collection[str]) -> list[tuple[str, Place]]:
+    """The matrices that a block shares, with the blocks that own them."""
+    owners = zip(block.aliases.values(), stage.tied, strict=True)
+    return [(block_of(owner, blocks), place) for owner, (_, place) in owners]
 
 
 def _joined(parts: Sequence[Any]) -> Any:
