@@ -174,11 +174,15 @@ class Conveyor:
         for i in list(self._leaving):
             self._left(i)
 
-    def forget(self) -> None:
-        """Forgets what was uploaded ahead, once it is there; or is not, which is an error for who asks for it."""
+    def arrive(self) -> None:
+        """Returns when what is uploaded ahead is there; or is not, which is an error for who asks for it."""
         for pages in self._coming.values():
             with suppress(StoreError):
                 jax.block_until_ready(result(pages))
+
+    def forget(self) -> None:
+        """Forgets what was uploaded ahead, once it is there."""
+        self.arrive()
         self._coming.clear()
 
     def close(self, *, wait: bool) -> None:

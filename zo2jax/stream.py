@@ -373,6 +373,10 @@ class Stream(Mapping[str, Params]):
         """Returns when every block is in its tier."""
         self._conveyor.wait()
 
+    def arrive(self) -> None:
+        """Returns when the blocks that are uploaded ahead are on the device."""
+        self._conveyor.arrive()
+
     def close(self) -> None:
         """Waits, and lets go of host memory and page files. Closing twice does nothing more."""
         self._conveyor.close(wait=not (self._torn or self._conveyor.lost))

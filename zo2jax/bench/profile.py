@@ -133,6 +133,7 @@ def _measured(run: Run, data: Prepared, config: Config, steps: _Steps, folder: P
             with jax.profiler.StepTraceAnnotation(STEP, step_num=i):
                 timed_step(run, batch)
             moved.append((stream.bytes_up - before[0], stream.bytes_down - before[1]))
+        stream.arrive()  # what the last step asked for ahead is counted with it
     file = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     found = summary(operations(file), steps.weights)
     operations_of = [_operations_of(config, model, data, batch) for batch in batches]
