@@ -2,16 +2,21 @@
 
 import contextlib
 import gc
+import importlib
 import itertools
 import os
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from kernel_marks import NEEDS_KERNELS, ON_GPU
 
 import zo2jax as zo
+from pallas_kernels import implementations
+from zo2jax import visits
 from zo2jax.link import StoreError
 from zo2jax.metrics import read_metrics
 from zo2jax.models.llama import LlamaConfig
@@ -332,3 +337,51 @@ def test_visits_are_compiled_once_and_before_the_sweep(tmp_path, caplog):
                 run.step(batch)
         programs = [n for n, r in enumerate(caplog.records) if "XLA compilation of jit(_train)" in r.getMessage()]
     assert len(programs) == 4 and max(programs) < began[0]
+
+
+class Lowered:
+    """A jitted function that is lowered for CUDA, and never compiled."""
+
+    def __init__(self, program, texts):
+        self._program, self._texts = program, texts
+
+    def lower(self, *arguments, **options):
+        lowered = self._program.trace(*arguments, **options).lower(lowering_platforms=("cuda",))
+        self._texts.append(lowered.as_text())
+        return SimpleNamespace(out_info=lowered.out_info, compile=lambda: None)
+
+
+@NEEDS_KERNELS
+@pytest.mark.skipif(ON_GPU, reason="lowered on the CPU")
+@pytest.mark.parametrize(
+    ("direction", "format"),
+    [
+        (zo.normal, None),
+        (zo.lowrank(8), None),
+        (zo.lowrank(2, refresh=None), zo.int8(compute="int8")),
+        pytest.param(zo.lora(8, targets=("*.attn.*", "head.*")), zo.int4(), marks=pytest.mark.slow),
+        (zo.dense("rademacher", refresh=4), zo.int8()),
+    ],
+    ids=str,
+)
+def test_visits_lower_for_cuda_with_all_kernels(direction, format, tmp_path, monkeypatch):
+    """As on an H200, where Mosaic refuses what shared memory does not hold; it does so here too."""
+    problem, texts = implementations.problem, []
+    monkeypatch.setattr(implementations, "problem", lambda name: None if name == "mosaic" else problem(name))
+    layers = importlib.import_module("zo2jax.models.layers")
+    monkeypatch.setattr(layers, "backend", lambda: "gpu")  # products of 16 bits
+    monkeypatch.setattr(layers, "cudnn_applies", lambda *_: False)  # JAX asks whether it is installed
+    for name in ("train", "read"):
+        monkeypatch.setattr(visits, name, Lowered(getattr(visits, name), texts))
+    sizes = {"vocabulary": 1024, "size": 256, "hidden": 512, "heads": 4, "kv_heads": 2, "head_size": 64}
+    model = LlamaConfig(**sizes, layers=1, context=128, tied=False).init(jax.random.key(0), jnp.bfloat16)
+    ids = jnp.zeros((2, 64), jnp.int32)
+    estimator = zo.averaged(zo.two_point(1e-3, direction=direction), 2)
+    with (
+        zo.Run(model.with_format(format), estimator, zo.sgd(1e-3), directory=tmp_path, key=jax.random.key(0)) as run,
+        pytest.raises(TypeError, match="'Lowered' object is not callable"),  # all are lowered before the first visit
+    ):
+        run.step({"ids": ids, "targets": ids})
+    assert len(texts) >= 3 and any(
+        "mosaic_gpu" in text for text in texts
+    )  # an embedding may come before all that trains
