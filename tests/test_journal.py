@@ -164,6 +164,15 @@ def test_a_run_goes_on_after_a_full_disk(tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, dict(zo.replay(model_of("dense"), tmp_path).params), weights)
 
 
+def test_a_step_of_an_empty_batch_is_a_step(tmp_path):
+    """As where the loss looks at no batch: it moves the weights, so the journal has it."""
+    block = (lambda params, batch: params["w"]), {"w": jnp.ones((2, 2))}
+    model = zo.blocks([block], loss=lambda y, batch: jnp.sum(y**2)[None])
+    with zo.Run(model, zo.two_point(1e-2), zo.sgd(0.1), directory=tmp_path, key=jax.random.key(0)) as run:
+        assert [run.step(batch).tokens for batch in ({}, {"a": np.ones(3)}, None)] == [0, 3, 0]
+    assert len(Recorded(tmp_path / "journal")) == 3
+
+
 @pytest.mark.parametrize("configured", [False, True])
 def test_programs_of_a_gpu_stay_with_the_run(configured, tmp_path, monkeypatch):
     """As if there were one: tests/test_gpu.py has a process that goes on with them."""

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import json
+import resource
 import weakref
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 
 import zo2jax as zo
 from zo2jax.checkpoint import Snapshots
-from zo2jax.metrics import read_metrics
+from zo2jax.metrics import Metrics, read_metrics
 from zo2jax.tasks.text import HeldOut, TextBatches, load_text
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -302,6 +303,23 @@ def test_export_holds_the_trained_weights(setting, tmp_path):
         exported = zo.load(tmp_path / "exported")
         jax.tree.map(np.testing.assert_array_equal, exported.params, run.model.params)
     assert Path(tmp_path / "exported" / "tokenizer.json").is_file()
+
+
+def test_a_line_that_does_not_fit_the_disk_leaves_nothing(tmp_path):
+    metrics, file = Metrics(tmp_path, -1), tmp_path / "metrics.jsonl"
+    metrics.write({"step": 1, "train/loss": 2.0})
+    before, limits = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 9, limits[1]))  # Python ignores the signal
+    try:
+        for _ in range(2):
+            with pytest.raises(OSError):
+                metrics.write({"step": 2, "train/loss": 1.0})
+            assert file.read_bytes() == before
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    metrics.write({"step": 2, "train/loss": 1.0})
+    metrics.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
 
 
 def test_metrics_of_no_run(tmp_path):

@@ -1,5 +1,6 @@
 """The numbers of a run: ``metrics.jsonl``, one JSON object a line, and the same for TensorBoard."""
 
+import errno
 import json
 import os
 import resource
@@ -98,9 +99,15 @@ class Metrics:
             self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=last + 1, filename_suffix=suffix)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Appends a line: ``step``, and numbers or None by name."""
-        with self._file.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        """Appends a line: ``step``, and numbers or None by name; all of it, or nothing if the disk is full."""
+        with self._file.open("ab", buffering=0) as file:
+            before, text = file.tell(), f"{json.dumps(line)}\n".encode()
+            try:
+                if file.write(text) < len(text):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._file))
+            except OSError:
+                file.truncate(before)
+                raise
         is_training = any(name.startswith("train/") for name in line)
         if self._board is not None and not (is_training and line["step"] % _BOARD_EVERY):
             for name, value in line.items():

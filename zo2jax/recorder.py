@@ -127,7 +127,7 @@ class Recorder:
             loss, gradient, losses, coefs, decay, skipped = jax.device_get(wanted)
         now = time.perf_counter()
         seconds = float("nan") if self._finished is None else now - self._finished
-        self._finished, self._rate = now, info.tokens / seconds
+        self._rate = info.tokens / seconds
         if info.step > len(self._journal):  # or its metrics could not be written
             losses = np.pad(losses, (0, self._journal.header.members - len(losses)))  # records have one length
             self._journal.append(Record(losses, coefs, decay, bool(skipped)))
@@ -137,6 +137,7 @@ class Recorder:
             share = number(moved / seconds / measure_link().both)
             line |= {"link/bytes_up": info.bytes_up, "link/bytes_down": info.bytes_down, "link/share": share}
         self._metrics.write(line | memory_peaks())
+        self._finished = now
         self._skipped_in_row = self._skipped_in_row + 1 if skipped else 0
 
 
@@ -144,5 +145,5 @@ def _tokens(batch: Any) -> int:
     """How many tokens a batch, or a list of batches, holds: the size of ``ids``, or of its first array."""
     if isinstance(batch, list):
         return sum(map(_tokens, batch))
-    leaf = batch["ids"] if isinstance(batch, Mapping) and "ids" in batch else jax.tree.leaves(batch)[0]
-    return int(np.size(leaf))
+    leaves = [batch["ids"]] if isinstance(batch, Mapping) and "ids" in batch else jax.tree.leaves(batch)
+    return int(np.size(leaves[0])) if leaves else 0

@@ -228,7 +228,7 @@ def needs_of(what: Setting | Baseline | Goal | None) -> Needs:
         plan = what.expected(what.random_model)
         assert plan.budget is not None
         masters, moved = sum(plan.budget.masters.values()), plan.moved()
-        device = plan.budget.peak + masters * (what.tier == "device")
+        device = plan.budget.peak
         host += moved["host"] + masters * (what.tier == "host")
         disk = moved["disk"] + masters * (what.tier == "disk")
         host += STAGING * max(plan.budget.sizes.values()) * (what.tier == "disk")

@@ -103,7 +103,7 @@ def _ending_together() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def machine() -> dict[str, Any]:

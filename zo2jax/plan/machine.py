@@ -62,6 +62,8 @@ class Machine:
         """Fills in what is not known; raises ValueError for rates that are not positive, and sizes below 0."""
         object.__setattr__(self, "int8_products", self.int8_products or self.products)
         object.__setattr__(self, "attention", self.attention or _OF_PRODUCTS * self.products)
+        if not isinstance(self.kernels, bool):
+            raise ValueError(f"kernels of a machine is {self.kernels}: expected true or false")
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, float | int) and not (value >= 0 if field.name in _MAY_BE_0 else value > 0):
@@ -106,6 +108,8 @@ class Machine:
         try:
             numbers: dict[str, Any] = json.loads(path.read_text())
             given: dict[str, Any] = {name: math.inf if value is None else value for name, value in numbers.items()}
+            if missing := {field.name for field in fields(cls)} - given.keys():
+                raise ValueError(f"it lacks {', '.join(sorted(missing))}, as those of other versions do")
             return cls(**given)
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} holds no machine ({error}): expected what `zo2jax machine` wrote") from None

@@ -35,7 +35,7 @@ class Budget:
     """
 
     resident: int
-    """Bytes of what stays on the device: its blocks' pages, and the vectors of all blocks."""
+    """Bytes of what stays on the device: its blocks' pages, what only folds touch of them, and all blocks' vectors."""
     window: int
     """The most bytes of streamed blocks on the device at once."""
     probes: int
@@ -152,10 +152,11 @@ class Plan:
         tiers = [self.tiers.get(name, "device") for name in order]
         kept = [budget.kept(name) for name in order]
         there = accumulate(size * (tier == "host") for size, tier in zip(kept, tiers, strict=True))
-        sizes = ((budget.reads.get(n, 0), budget.sizes[n] * (t == "device")) for n, t in zip(order, tiers, strict=True))
-        coming = [read + copied for read, copied in sizes]
+        largest = [max(budget.sizes[name], budget.masters.get(name, 0)) for name in order]  # of its pages or masters
+        copied = [size * (tier == "device") for size, tier in zip(largest, tiers, strict=True)]
+        coming = [budget.reads.get(name, 0) + copy for name, copy in zip(order, copied, strict=True)]
         most = max((n + sum(coming[max(0, i + 1 - budget.readers) : i + 1]) for i, n in enumerate(there)), default=0)
-        buffers = STAGING * max((size * (tier == "disk") for size, tier in zip(kept, tiers, strict=True)), default=0)
+        buffers = STAGING * max((size * (tier == "disk") for size, tier in zip(largest, tiers, strict=True)), default=0)
         return most + buffers + budget.process
 
     def files(self) -> int:

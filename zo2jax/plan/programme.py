@@ -108,8 +108,9 @@ def _ways(demands: Mapping[Format | None, Demand]) -> Iterator[list[dict[Format 
 def _best(
     demands: Mapping[Format | None, Demand], room: Room, machine: Machine, own: Format | None, overlap: bool
 ) -> Plan | None:
-    """What the programme finds for one way of work, or all blocks in host memory, whichever is faster."""
-    plans = _solved(demands, room, machine, own, overlap), _streamed(demands, room, own, overlap)
+    """What the programme finds for one way of work, or all blocks in host memory or in files, whichever is faster."""
+    plans = [_solved(demands, room, machine, own, overlap)]
+    plans += [_streamed(demands, tier, room, own, overlap) for tier in _TIERS[1:]]
     found = [plan for plan in plans if plan is not None]
     return _preferred(found, machine) if found else None
 
@@ -149,7 +150,8 @@ def _solved(
     used = max(budget.peak for budget in budgets)
     always = sum(work.seconds(machine) for work in budgets[0].works if work.name in budgets[0].stays)
     for files in (False, True):
-        host = budgets[0].process + (STAGING * max(max(group.kept) for group in groups) if files else 0)
+        largest = max(max(b.sizes[name], b.masters.get(name, 0)) for b in budgets for name in b.sizes)
+        host = budgets[0].process + (STAGING * largest if files else 0)
         for _ in range(_ROUNDS):  # what streamed blocks take together depends on which of them stay
             left = Room(*(max(1, n - m) if n else 0 for n, m in zip(room, (used, host, 0), strict=True)))
             counts = _counts(groups, left, machine, first.read_only, always, files)
@@ -178,10 +180,12 @@ def _placed(
     return tiers, kept
 
 
-def _streamed(demands: Mapping[Format | None, Demand], room: Room, own: Format | None, overlap: bool) -> Plan | None:
-    """All blocks in host memory, if they fit there."""
+def _streamed(
+    demands: Mapping[Format | None, Demand], tier: Tier, room: Room, own: Format | None, overlap: bool
+) -> Plan | None:
+    """All blocks in one tier, if they fit there."""
     names = next(iter(demands.values())).sizes
-    plan = _made(demands, dict.fromkeys(names, "host"), {}, own, overlap)
+    plan = _made(demands, dict.fromkeys(names, tier), {}, own, overlap)
     return plan if _fits(plan, room) else None
 
 
@@ -231,17 +235,15 @@ def _made(
 
 def _refusal(demands: Mapping[Format | None, Demand], room: Room) -> ValueError:
     """Says what is too small, and how much would do."""
-    ways = [demand for among in _ways(demands) for way in among for demand in way.values()]
-    least = [demand.budget([False] * len(demand.sizes)) for demand in ways]
-    peak, asked = min(budget.peak for budget in least), next(iter(demands.values())).chunk
+    peak, asked = min(map(_least, demands.values())), next(iter(demands.values())).chunk
     if room.device and peak > room.device:
         count = "one member" if asked in (None, 1) else f"{asked} members"
         return ValueError(
             f"device memory is {room.device / _GIB:.4g} GiB, and a step needs {_up(peak)} GiB at least, with {count} "
             "at a time and nothing uploaded ahead: give that, or take fewer rows or tokens"
         )
-    tiers: tuple[Tier, ...] = ("host", "disk")
-    plans = [[_made({f: x}, dict.fromkeys(x.sizes, t), {}, f, True) for f, x in demands.items()] for t in tiers]
+    for_device = {f: demand for f, demand in demands.items() if not room.device or _least(demand) <= room.device}
+    plans = [[_made({f: x}, dict.fromkeys(x.sizes, t), {}, f, True) for f, x in for_device.items()] for t in _TIERS[1:]]
     in_memory, in_files = (min(plan.host() for plan in of_tier) for of_tier in plans)
     files = min(plan.files() for plan in plans[1])
     return ValueError(
@@ -249,6 +251,12 @@ def _refusal(demands: Mapping[Format | None, Demand], room: Room) -> ValueError:
         f": expected {_up(in_memory)} GiB of host memory, or {_up(files)} GiB of disk space with "
         f"{_up(in_files)} GiB of host memory; or take int8 or int4"
     )
+
+
+def _least(demand: Demand) -> int:
+    """Bytes of device memory with which a step can do, however it works."""
+    ways = [one for way in _ways({None: demand}) for among in way for one in among.values()]
+    return min(one.budget([False] * len(one.sizes)).peak for one in ways)
 
 
 def _up(nbytes: float) -> str:
@@ -273,7 +281,7 @@ def _counts(
 
     moved, on_disk = ways * sizes * (tier > 0) / link, ways * sizes * (tier == 2) / disk
     rows, upper = [row(seconds, -1.0), row(moved, -1.0), row(on_disk, -1.0)], [-always, 0.0, 0.0]
-    for limit, used in zip(room, (sizes * (tier == 0), kept * (tier == 1), kept * (tier == 2)), strict=True):
+    for limit, used in zip(room, (kept * (tier == 0), kept * (tier == 1), kept * (tier == 2)), strict=True):
         if limit:
             rows.append(row(used / _GIB))
             upper.append(limit / _GIB)

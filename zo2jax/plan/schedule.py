@@ -172,7 +172,7 @@ class _Lanes:
             if streamed and len(self._computed) > 1:
                 self._host = max(self._host, self._computed[-2])  # blocks that run ahead would take memory
             if self._streamed:
-                for other in range(number, number + streamed + self._prefetch):
+                for other in range(number, number + min(streamed + self._prefetch, len(self._streamed))):
                     if other not in self._arrived:
                         self._upload(other)
             self._host += self._machine.launch * work.visits
@@ -193,8 +193,9 @@ class _Lanes:
     def _upload(self, number: int) -> None:
         i = self._streamed[number % len(self._streamed)]
         work, before = self._works[i], number - self._prefetch - 2
-        if 0 <= before < len(self._left):
-            self._host = max(self._host, self._left[before])  # which waits until there is room
+        for earlier in (before, number - len(self._streamed)):  # it waits for room, and for the block itself
+            if 0 <= earlier < len(self._left):
+                self._host = max(self._host, self._left[earlier])
         self._host += _UPLOAD * self._machine.launch
         ready = max(self._host, self._compute)  # its memory waits for what was issued before
         if self._tiers[i] == "disk":
