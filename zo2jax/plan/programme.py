@@ -86,6 +86,10 @@ def choose(
         for ways in _ways(among):  # the first one that fits has the most members at once
             found = (_best(way, room, machine, own, overlap) for way in ways)
             plans += list(islice((plan for plan in found if plan is not None), 1))
+    if not plans:  # the programme takes room in host memory for what it is, not for what passes while blocks are read
+        every = (way for among in (*single, dict(demands)) for ways in _ways(among) for way in ways)
+        files = (_streamed(way, "disk", room, own, overlap) for way in every)
+        plans = [plan for plan in files if plan is not None]
     if not plans:
         raise _refusal(demands, room)
     return _preferred(plans, machine)
@@ -108,9 +112,8 @@ def _ways(demands: Mapping[Format | None, Demand]) -> Iterator[list[dict[Format 
 def _best(
     demands: Mapping[Format | None, Demand], room: Room, machine: Machine, own: Format | None, overlap: bool
 ) -> Plan | None:
-    """What the programme finds for one way of work, or all blocks in host memory or in files, whichever is faster."""
-    plans = [_solved(demands, room, machine, own, overlap)]
-    plans += [_streamed(demands, tier, room, own, overlap) for tier in _TIERS[1:]]
+    """What the programme finds for one way of work, or all blocks in host memory, whichever is faster."""
+    plans = _solved(demands, room, machine, own, overlap), _streamed(demands, "host", room, own, overlap)
     found = [plan for plan in plans if plan is not None]
     return _preferred(found, machine) if found else None
 
