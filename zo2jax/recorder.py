@@ -110,16 +110,7 @@ class Recorder:
 
     def write(self) -> None:
         """Waits for the step that was taken last, and writes it; what fails is left to be written."""
-        self._record(self._pending)
-        self._pending = None
-
-    def flush(self) -> None:
-        """Writes the last step before somebody looks at the run: the time until the next one is no step's."""
-        self.write()
-        self._finished, self._rate = None, float("nan")
-
-    def _record(self, info: StepInfo | None) -> None:
-        if info is None:
+        if (info := self._pending) is None:
             return
         update, parts = info.update, (info.loss, info.projected_gradient, info.losses)
         wanted = (*parts, update.coefs, update.decay, info.skipped)
@@ -139,6 +130,12 @@ class Recorder:
         self._metrics.write(line | memory_peaks())
         self._finished = now
         self._skipped_in_row = self._skipped_in_row + 1 if skipped else 0
+        self._pending = None
+
+    def flush(self) -> None:
+        """Writes the last step before somebody looks at the run: the time until the next one is no step's."""
+        self.write()
+        self._finished, self._rate = None, float("nan")
 
 
 def _tokens(batch: Any) -> int:

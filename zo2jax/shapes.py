@@ -91,13 +91,13 @@ def random_model(
         return leaves if format is None else _coded(name, leaves, format)
 
     def read(name: str, format: Format | None) -> Params:
-        first, kept = f"layers.0.{name.split('.')[-1]}", name.startswith("layers.")
         with one_at_a_time:  # random numbers take several times the memory of what is made of them
-            if not kept:
+            if not name.startswith("layers."):
                 return make(name, format)
+            first = f"layers.0.{name.split('.')[-1]}"
             if (first, format) not in made:
                 made[first, format] = make(first, format)
-        return made[first, format]
+            return made[first, format]
 
     plain, codes = ({b.name: partial(read, b.name, how) for b in model.blocks} for how in (None, format))
     return model.replace(Source(plain, concurrent=True, codes=codes))

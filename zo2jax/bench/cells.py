@@ -227,10 +227,8 @@ def needs_of(what: Setting | Baseline | Goal | None) -> Needs:
     elif isinstance(what, Setting):
         plan = what.expected(what.random_model)
         assert plan.budget is not None
-        masters, moved = sum(plan.budget.masters.values()), plan.moved()
-        device = plan.budget.peak
-        host += moved["host"] + masters * (what.tier == "host")
-        disk = moved["disk"] + masters * (what.tier == "disk")
+        device, disk = plan.budget.peak, plan.files()
+        host += sum(plan.budget.kept(name) for name, tier in plan.tiers.items() if tier == "host")
         host += STAGING * max(plan.budget.sizes.values()) * (what.tier == "disk")
     return Needs(0, host + device, disk) if on_cpu else Needs(device, host, disk)
 

@@ -168,20 +168,20 @@ class Demand:
         pairs = zip(stays, self.sizes.items(), strict=True)
         here = [stay or not size or name in self.owners for stay, (name, size) in pairs]
         streamed = [size for size, stay in zip(self.sizes.values(), here, strict=True) if not stay]
-        masters = [self.masters.get(name, 0) for stay, name in zip(here, self.sizes, strict=True) if stay]
+        resident = frozenset(name for stay, name in zip(here, self.sizes, strict=True) if stay)
         chunk, parts, members = self._chunk, self._parts, self.members * self.batches
         waiting = (members - chunk) * max(n.carry for n in self.needs)
         ahead = min(_AHEAD, max(parts * _longest_run(here), parts - 1))
         carries = min(1, ahead) * max(n.carry for n in self.needs)
         return Budget(
-            resident=sum(self.sizes.values()) - sum(streamed) + self.vectors + sum(masters),
+            resident=sum(self.sizes[name] + self.masters[name] for name in resident) + self.vectors,
             window=room(streamed, self.prefetch),
             probes=(self._copies if self.shared else chunk) * max(n.weight for n in self.needs) + self.moved,
             activations=chunk * (max(n.activations for n in self.needs) + carries) + waiting,
             libraries=(1 + ahead) * _LIBRARIES if backend() == "gpu" else 0,
             limit=self.limit,
             sizes=self.sizes,
-            stays=frozenset(name for stay, name in zip(here, self.sizes, strict=True) if stay),
+            stays=resident,
             members=members,
             parts=parts,
             works=self.works,

@@ -85,6 +85,10 @@ class Budget:
         """Bytes of a block and of what only folds touch, in its tier."""
         return self.sizes.get(name, 0) + self.masters.get(name, 0)
 
+    def piece(self, name: str) -> int:
+        """Of a block's pages and of what only folds touch, the larger one: they go through buffers one by one."""
+        return max(self.sizes.get(name, 0), self.masters.get(name, 0))
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -149,14 +153,12 @@ class Plan:
         if budget is None:
             return 0
         order = sorted(budget.sizes, key=lambda name: -budget.sizes[name])
-        tiers = [self.tiers.get(name, "device") for name in order]
-        kept = [budget.kept(name) for name in order]
-        there = accumulate(size * (tier == "host") for size, tier in zip(kept, tiers, strict=True))
-        largest = [max(budget.sizes[name], budget.masters.get(name, 0)) for name in order]  # of its pages or masters
-        copied = [size * (tier == "device") for size, tier in zip(largest, tiers, strict=True)]
-        coming = [budget.reads.get(name, 0) + copy for name, copy in zip(order, copied, strict=True)]
+        tiers = {name: self.tiers.get(name, "device") for name in order}
+        there = accumulate(budget.kept(name) if tiers[name] == "host" else 0 for name in order)
+        copied = {name: budget.piece(name) if tiers[name] == "device" else 0 for name in order}
+        coming = [budget.reads.get(name, 0) + copied[name] for name in order]
         most = max((n + sum(coming[max(0, i + 1 - budget.readers) : i + 1]) for i, n in enumerate(there)), default=0)
-        buffers = STAGING * max((size * (tier == "disk") for size, tier in zip(largest, tiers, strict=True)), default=0)
+        buffers = STAGING * max((budget.piece(name) for name in order if tiers[name] == "disk"), default=0)
         return most + buffers + budget.process
 
     def files(self) -> int:

@@ -100,7 +100,8 @@ def plan(
     if tier == "auto" and machine is None:
         machine = this_machine()
     options: dict[str, Any] = {"batches": batches, "chunk": probe_batch, "rounding": rounding}
-    with traced_for(*((None, None) if machine is None else (machine.backend, machine.kernels))):
+    backend, kernels = (None, None) if machine is None else (machine.backend, machine.kernels)
+    with traced_for(backend, kernels):
         if tier == "auto":
             assert machine is not None
             kept = [model.with_format(format) for format in formats] or [model]

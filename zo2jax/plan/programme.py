@@ -81,14 +81,13 @@ def choose(
         ValueError: if nothing fits, naming device memory, or host memory or disk space, that would do.
     """
     single = [{format: demand} for format, demand in demands.items()] if len(demands) > 1 else []
+    every = [ways for among in (*single, dict(demands)) for ways in _ways(among)]
     plans = []
-    for among in (*single, dict(demands)):
-        for ways in _ways(among):  # the first one that fits has the most members at once
-            found = (_best(way, room, machine, own, overlap) for way in ways)
-            plans += list(islice((plan for plan in found if plan is not None), 1))
+    for ways in every:  # the first one that fits has the most members at once
+        found = (_best(way, room, machine, own, overlap) for way in ways)
+        plans += list(islice((plan for plan in found if plan is not None), 1))
     if not plans:  # the programme takes room in host memory for what it is, not for what passes while blocks are read
-        every = (way for among in (*single, dict(demands)) for ways in _ways(among) for way in ways)
-        files = (_streamed(way, "disk", room, own, overlap) for way in every)
+        files = (_streamed(way, "disk", room, own, overlap) for ways in every for way in ways)
         plans = [plan for plan in files if plan is not None]
     if not plans:
         raise _refusal(demands, room)
@@ -152,8 +151,8 @@ def _solved(
     budgets = [demand.budget([False] * len(demand.sizes)) for demand in demands.values()]
     used = max(budget.peak for budget in budgets)
     always = sum(work.seconds(machine) for work in budgets[0].works if work.name in budgets[0].stays)
+    largest = max(budget.piece(name) for budget in budgets for name in budget.sizes)
     for files in (False, True):
-        largest = max(max(b.sizes[name], b.masters.get(name, 0)) for b in budgets for name in b.sizes)
         host = budgets[0].process + (STAGING * largest if files else 0)
         for _ in range(_ROUNDS):  # what streamed blocks take together depends on which of them stay
             left = Room(*(max(1, n - m) if n else 0 for n, m in zip(room, (used, host, 0), strict=True)))
@@ -238,14 +237,15 @@ def _made(
 
 def _refusal(demands: Mapping[Format | None, Demand], room: Room) -> ValueError:
     """Says what is too small, and how much would do."""
-    peak, asked = min(map(_least, demands.values())), next(iter(demands.values())).chunk
+    peaks, asked = {format: _least(demand) for format, demand in demands.items()}, next(iter(demands.values())).chunk
+    peak = min(peaks.values())
     if room.device and peak > room.device:
         count = "one member" if asked in (None, 1) else f"{asked} members"
         return ValueError(
             f"device memory is {room.device / _GIB:.4g} GiB, and a step needs {_up(peak)} GiB at least, with {count} "
             "at a time and nothing uploaded ahead: give that, or take fewer rows or tokens"
         )
-    for_device = {f: demand for f, demand in demands.items() if not room.device or _least(demand) <= room.device}
+    for_device = {f: demand for f, demand in demands.items() if not room.device or peaks[f] <= room.device}
     plans = [[_made({f: x}, dict.fromkeys(x.sizes, t), {}, f, True) for f, x in for_device.items()] for t in _TIERS[1:]]
     in_memory, in_files = (min(plan.host() for plan in of_tier) for of_tier in plans)
     files = min(plan.files() for plan in plans[1])
