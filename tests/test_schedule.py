@@ -17,7 +17,7 @@ import zo2jax as zo
 from zo2jax import planner
 from zo2jax.cli import main
 from zo2jax.config import Config
-from zo2jax.formats import int4, int8
+from zo2jax.formats import int4, int8, pieces_of
 from zo2jax.models.llama import LlamaConfig
 from zo2jax.pages import layouts_of
 from zo2jax.plan import Machine, measure, plan
@@ -92,7 +92,10 @@ H200 = [  # shape, rows, tier, format, directions, milliseconds and GiB of the d
     ("opt-30b", 1, "host", None, None, 1264, 3.197),
     ("opt-13b", 1, "host", None, zo.lowrank(2), 490, 1.43),
     ("opt-13b", 1, "host", int8(compute="int8"), zo.lowrank(2), 271, 1.11),
+    ("opt-13b", 4, "host", int8(compute="int8"), zo.lowrank(2), 557, 2.90),
+    ("opt-13b", 1, "device", int8(compute="int8"), zo.lowrank(2), 151, 62.45),
     ("opt-13b", 1, "host", int8(), zo.lowrank(2), 299, 1.21),
+    ("opt-13b", 1, "host", int8(), zo.dense("normal", refresh=8), 526, 1.26),
     ("opt-13b", 1, "host", int4(), zo.lowrank(2), 233, 0.94),
     ("opt-175b", 1, "host", int4(), zo.lowrank(2, refresh=None), 2577, 3.76),
 ]
@@ -316,7 +319,22 @@ def test_matrices_that_stay_are_read_once_and_never_written_back():
     assert works["layers.3.mlp"].read == works["layers.3.mlp"].size and works["layers.3.mlp"].draws == 0
     low = zo.two_point(1e-3, direction=zo.lowrank(2, refresh=10, targets=("head.*",)))
     made = plan(bare(SHAPES["opt-1.3b"]), low, machine=known("h200"))
-    assert made.fold(known("h200")) == pytest.approx(2 * made.budget.sizes["head"] / known("h200").both / 10)
+    rates, pieces = known("h200"), len(pieces_of(*SHAPES["opt-1.3b"].blocks()[-1].shapes["weight"].shape))
+    moved = 2 * made.budget.sizes["head"] / rates.both
+    assert made.fold(rates) == pytest.approx((moved + pieces * rates.launch) / 10)
+    here = plan(bare(SHAPES["opt-1.3b"]), low, tier="device", machine=rates)
+    assert here.fold(rates) == pytest.approx(2 * pieces * rates.launch / 10)
+
+
+def test_a_plan_for_the_gpu_that_is_there_knows_of_attention(monkeypatch):
+    """As that for a GPU that is not."""
+    model = bare(SHAPES["opt-1.3b"])
+    other = plan(model, machine=known("h200"))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr("zo2jax.models.layers.cudnn_applies", lambda *_: True)
+    here = plan(model)
+    assert [w.attention for w in here.budget.works] == [w.attention for w in other.budget.works]
+    assert here.budget.works[1].attention > 0
 
 
 # --- machines ---------------------------------------------------------------------------------------------------------

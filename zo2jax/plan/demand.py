@@ -12,6 +12,7 @@ import numpy as np
 
 from zo2jax.directions import Direction, matrix_shape
 from zo2jax.estimators import Estimator
+from zo2jax.formats import pieces_of
 from zo2jax.models.blocks import Source, block_of, kinds, owned_shapes
 from zo2jax.models.model import Model
 from zo2jax.models.traced import backend, has_kernels
@@ -65,6 +66,8 @@ class Demand:
     matrices: dict[str, Matrices]
     masters: dict[str, int]
     """Bytes that only folds touch, by block."""
+    pieces: dict[str, int]
+    """Of matrices, in which a fold goes through a block."""
     refresh: int | None
     estimator: Estimator
     int8: bool
@@ -103,7 +106,8 @@ class Demand:
         vectors *= 1 if estimator.full is None else 2  # an anchor has vectors, and an empty P, of its own
         owners = {block_of(owner, shapes) for block in model.blocks for owner in block.aliases.values()}
         folds = direction.read_only and direction.refresh is not None
-        needs, moved = _needs(model, batch), 0
+        matrices = {name: _matrices(layout) for name, layout in layouts.items()}
+        needs, moved = _needs(model, batch, matrices), 0
         if backend() == "gpu" and not has_kernels() and not direction.read_only:
             moved = max(n.weight for n in needs) // model.dtype.itemsize * (4 + model.dtype.itemsize)
         masters = dict.fromkeys(layouts, 0)
@@ -121,8 +125,9 @@ class Demand:
             shared=direction.rank > 0,
             prefetch=prefetch,
             read_only=direction.read_only,
-            matrices={name: _matrices(layout) for name, layout in layouts.items()},
+            matrices=matrices,
             masters=masters,
+            pieces={name: _pieces(name, layout, direction) if folds else 0 for name, layout in layouts.items()},
             refresh=direction.refresh if folds else None,
             estimator=estimator,
             trained=_trained(model, direction),
@@ -134,7 +139,7 @@ class Demand:
             reads={name: layout.nbytes for name, layout in layouts_of(model.blocks).items()},
             readers=STAGING if Source.of(model.source).concurrent else 1,
             moved=moved,
-            int8=model.format is not None and model.format.compute == "int8",
+            int8=_by_int8(model),
             batches=batches,
             chunk=chunk,
         )
@@ -187,6 +192,7 @@ class Demand:
             works=self.works,
             read_only=self.read_only,
             masters=self.masters,
+            pieces=self.pieces,
             refresh=self.refresh,
             process=_PROCESS.get(backend(), 0),
             reads=self.reads,
@@ -204,9 +210,10 @@ class Demand:
 
     @property
     def _copies(self) -> int:
-        """Of a matrix that all members share: none of arrays; int8 codes become numbers, and products float32 ones."""
+        """Of a matrix that all members share: none of arrays, nor of codes that are multiplied as such; of others the
+        numbers that they become, and of int8 codes float32 ones."""
         coded = [matrices for matrices in self.matrices.values() if matrices.codes]
-        return 0 if not coded else 1 if self.int8 or coded[-1].nbytes < coded[-1].codes else 2
+        return 0 if self.int8 or not coded else 1 if coded[-1].nbytes < coded[-1].codes else 2
 
     def _work(self, name: str, needs: Needs, probes: int, first: bool) -> Work:
         """Of a block, for all members; its matrices are read once for each visit, or for each member's own probe.
@@ -255,23 +262,35 @@ def _trained(model: Model, direction: Direction) -> frozenset[str]:
     )
 
 
-def _needs(model: Model, batch: Any) -> list[Needs]:
+def _needs(model: Model, batch: Any, matrices: Mapping[str, Matrices]) -> list[Needs]:
     """Of each block, for one member."""
     shaped = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), batch)
     known: dict[Any, tuple[Needs, Any]] = {}
     needs, carry = [], None
     for block, kind in zip(model.blocks, kinds(model.blocks), strict=True):
-        came = (kind, jax.tree.structure(carry), *((x.shape, str(x.dtype)) for x in jax.tree.leaves(carry)))
+        int8 = _by_int8(model) and matrices[block.name].codes > 0
+        came = (kind, int8, jax.tree.structure(carry), *((x.shape, str(x.dtype)) for x in jax.tree.leaves(carry)))
         if came not in known:
-            known[came] = needs_of(block, carry, shaped)
+            known[came] = needs_of(block, carry, shaped, int8=int8)
         one, carry = known[came]
         needs.append(one)
     return needs
 
 
+def _by_int8(model: Model) -> bool:
+    """Whether products are those of int8 numbers."""
+    return model.format is not None and model.format.compute == "int8"
+
+
 def _matrices(layout: Layout) -> Matrices:
     weights = [(math.prod(place.shape), place.scale is not None) for _, place in layout.matrices]
     return Matrices(sum(n for n, _ in weights), layout.nbytes, sum(n for n, coded in weights if coded))
+
+
+def _pieces(block: str, layout: Layout, direction: Direction) -> int:
+    """In which a fold goes through a block."""
+    trained = [matrix_shape(place.shape) for name, place in layout.matrices if _trains(direction, block, name)]
+    return sum(len(pieces_of(*shape)) for shape in trained)
 
 
 def _beside(layouts: Mapping[str, Layout], direction: Direction) -> int:

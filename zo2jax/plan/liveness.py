@@ -46,8 +46,10 @@ class Needs:
     """Bytes that are read and written, of activations."""
 
 
-def needs_of(block: Block, carry: Any, batch: Batch) -> tuple[Needs, Any]:
+def needs_of(block: Block, carry: Any, batch: Batch, *, int8: bool = False) -> tuple[Needs, Any]:
     """(what a block takes, the shapes of its result) for the shapes of a carry and of a batch.
+
+    With ``int8`` its products are those of int8 numbers, which become codes before and are int32 then.
 
     >>> from zo2jax.models.llama import LlamaConfig
     >>> config = LlamaConfig(vocabulary=8, size=8, hidden=8, layers=1, heads=2, kv_heads=1, head_size=4, context=16)
@@ -58,7 +60,7 @@ def needs_of(block: Block, carry: Any, batch: Batch) -> tuple[Needs, Any]:
     """
     jaxpr, result = jax.make_jaxpr(partial(_apply, block), return_shape=True)(block.shapes, carry, batch)
     parameters = [_Value(weight=len(x.shape) >= 2) for x in jax.tree.leaves(block.shapes)]
-    program = _Program()
+    program = _Program(int8=int8)
     came = [program.make(_nbytes(x)) for x in jax.tree.leaves(carry)]
     values = [*parameters, *came, *[_Value(real=True) for _ in jax.tree.leaves(batch)]]
     program.finish(jaxpr.jaxpr, program.walk(jaxpr.jaxpr, values), came)
@@ -109,6 +111,8 @@ class _Program:
     operations: float = 0.0
     attention: float = 0.0
     traffic: float = 0.0
+    int8: bool = False
+    """Whether products by parameters are those of int8 numbers."""
 
     def make(self, nbytes: int) -> _Value:
         """A buffer that is made now."""
@@ -163,11 +167,13 @@ class _Program:
                 value = known[atom] = self.replace(value, _nbytes(atom.aval))
             self.use(value)
         self.weight = max(self.weight, weights)
+        if self.int8 and weights and eqn.primitive.name == "dot_general":
+            self._round(eqn, known)
         self.operations += _operations(eqn)
         self.attention += _attention(eqn)
         operands = [_Value(real=True) if isinstance(a, Literal) else known[a] for a in eqn.invars]
         for program in programs:
-            one = _Program()
+            one = _Program(int8=self.int8)
             outer = operands[
                 len(operands) - len(program.invars) :
             ]  # a cond's index, a while's other constants go first
@@ -179,6 +185,15 @@ class _Program:
             self.attention += one.attention * length
             self.traffic += one.traffic * length
         return [self.make(_nbytes(out.aval)) for out in eqn.outvars]
+
+    def _round(self, eqn: Any, known: dict[Any, _Value]) -> None:
+        """A product of int8 numbers: codes of what it multiplies are made and read, and of these int32 sums, which are
+        read beside those of another member, in place of numbers of 16 bits."""
+        coded = sum(math.prod(a.aval.shape) for a in eqn.invars if isinstance(a, Literal) or not known[a].weight)
+        sums = sum(math.prod(out.aval.shape) for out in eqn.outvars)
+        self.inner[-1] += coded
+        self.inner += [coded + 4 * sums, 4 * sums]  # the result is made of sums when codes are no longer needed
+        self.traffic += 2 * coded + 6 * sums
 
     def finish(self, jaxpr: Jaxpr, results: Sequence[_Value], kept: Sequence[_Value]) -> None:
         """Makes arrays of the results, beside what is kept to the end."""

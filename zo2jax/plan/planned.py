@@ -60,6 +60,8 @@ class Budget:
     """Whether pages are only read (`zo2jax.Direction.read_only`), but for folds."""
     masters: Mapping[str, int] = field(default_factory=dict)
     """Bytes beside each block's pages that only folds touch."""
+    pieces: Mapping[str, int] = field(default_factory=dict)
+    """Of each block's matrices, in which a fold goes through them."""
     refresh: int | None = None
     """Steps from one fold to the next."""
     process: int = 0
@@ -181,14 +183,20 @@ class Plan:
         )
 
     def fold(self, machine: Machine) -> float:
-        """Expected seconds of a fold, which moves all that is not on the device both ways, in each step's share."""
+        """Expected seconds of a fold, in each step's share.
+
+        It moves all that is not on the device both ways, and takes the host as long for each piece as for a visit; for
+        those that stay twice as long, as programs of their own cut them out and put them back.
+        """
         budget = self.budget
         if budget is None or not budget.refresh:
             return 0.0
         stays = {work.name for work in budget.works if not work.moves}
         there = {name: tier for name, tier in self.tiers.items() if name not in stays}
         moved = {tier: sum(budget.kept(n) for n, t in there.items() if t == tier) for tier in ("host", "disk")}
-        return max(2 * sum(moved.values()) / machine.both, 2 * moved["disk"] / machine.disk) / budget.refresh
+        issued = sum(n * (1 if there.get(name, "device") != "device" else 2) for name, n in budget.pieces.items())
+        moving = max(2 * sum(moved.values()) / machine.both, 2 * moved["disk"] / machine.disk)
+        return (moving + issued * machine.launch) / budget.refresh
 
     def expected(self, machine: Machine) -> float:
         """Expected seconds of a step on a machine, with its share of a fold."""

@@ -13,7 +13,7 @@ from zo2jax.estimators import Estimator, two_point
 from zo2jax.formats import Format
 from zo2jax.models.blocks import owned_shapes
 from zo2jax.models.model import Model
-from zo2jax.models.traced import traced_for
+from zo2jax.models.traced import backend, traced_for
 from zo2jax.plan.demand import Demand, spread
 from zo2jax.plan.machine import Machine
 from zo2jax.plan.measure import this_machine
@@ -100,8 +100,8 @@ def plan(
     if tier == "auto" and machine is None:
         machine = this_machine()
     options: dict[str, Any] = {"batches": batches, "chunk": probe_batch, "rounding": rounding}
-    backend, kernels = (None, None) if machine is None else (machine.backend, machine.kernels)
-    with traced_for(backend, kernels):
+    where, kernels = (backend(), None) if machine is None else (machine.backend, machine.kernels)
+    with traced_for(where, kernels):
         if tier == "auto":
             assert machine is not None
             kept = [model.with_format(format) for format in formats] or [model]
