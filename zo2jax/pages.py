@@ -246,7 +246,7 @@ def codes_in(named: Mapping[str, Any], name: str) -> Codes:
 
 def _copy(leaf: Any, place: Place, pages: list[np.ndarray]) -> None:
     there = pages[place.page][place.offset : place.offset + place.size]
-    there[:] = np.asarray(leaf).reshape(-1).astype(there.dtype, copy=False)
+    np.copyto(there, np.asarray(leaf).reshape(-1), casting="unsafe")  # without an array of the other dtype in between
 
 
 def layouts_of(blocks: Sequence[Block], format: Format | None = None, *, apart: bool = False) -> dict[str, Layout]:

@@ -12,12 +12,12 @@ import numpy as np
 
 from zo2jax.directions import Direction, matrix_shape
 from zo2jax.estimators import Estimator
-from zo2jax.formats import pieces_of
-from zo2jax.models.blocks import Source, block_of, kinds, owned_shapes
+from zo2jax.formats import Format, pieces_of
+from zo2jax.models.blocks import Block, Source, block_of, kinds, owned_shapes
 from zo2jax.models.model import Model
 from zo2jax.models.traced import backend, has_kernels
 from zo2jax.pages import Layout, flat, layouts_of
-from zo2jax.plan.liveness import Needs, needs_of
+from zo2jax.plan.liveness import Needs, Sums, needs_of
 from zo2jax.plan.planned import Budget
 from zo2jax.plan.schedule import Work
 from zo2jax.stores import STAGING
@@ -107,7 +107,7 @@ class Demand:
         owners = {block_of(owner, shapes) for block in model.blocks for owner in block.aliases.values()}
         folds = direction.read_only and direction.refresh is not None
         matrices = {name: _matrices(layout) for name, layout in layouts.items()}
-        needs, moved = _needs(model, batch, matrices), 0
+        needs, moved = _needs(model, batch, matrices, direction), 0
         if backend() == "gpu" and not has_kernels() and not direction.read_only:
             moved = max(n.weight for n in needs) // model.dtype.itemsize * (4 + model.dtype.itemsize)
         masters = dict.fromkeys(layouts, 0)
@@ -139,7 +139,7 @@ class Demand:
             reads={name: layout.nbytes for name, layout in layouts_of(model.blocks).items()},
             readers=STAGING if Source.of(model.source).concurrent else 1,
             moved=moved,
-            int8=_by_int8(model),
+            int8=_sums(model.format, direction) == "int32",
             batches=batches,
             chunk=chunk,
         )
@@ -210,10 +210,8 @@ class Demand:
 
     @property
     def _copies(self) -> int:
-        """Of a matrix that all members share: none of arrays, nor of codes that are multiplied as such; of others the
-        numbers that they become, and of int8 codes float32 ones."""
-        coded = [matrices for matrices in self.matrices.values() if matrices.codes]
-        return 0 if self.int8 or not coded else 1 if coded[-1].nbytes < coded[-1].codes else 2
+        """Of a matrix that all members share: the 16-bit numbers that codes become which are not multiplied as such."""
+        return int(not self.int8 and any(matrices.codes for matrices in self.matrices.values()))
 
     def _work(self, name: str, needs: Needs, probes: int, first: bool) -> Work:
         """Of a block, for all members; its matrices are read once for each visit, or for each member's own probe.
@@ -262,24 +260,35 @@ def _trained(model: Model, direction: Direction) -> frozenset[str]:
     )
 
 
-def _needs(model: Model, batch: Any, matrices: Mapping[str, Matrices]) -> list[Needs]:
+def _needs(model: Model, batch: Any, matrices: Mapping[str, Matrices], direction: Direction) -> list[Needs]:
     """Of each block, for one member."""
     shaped = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), batch)
     known: dict[Any, tuple[Needs, Any]] = {}
     needs, carry = [], None
     for block, kind in zip(model.blocks, kinds(model.blocks), strict=True):
-        int8 = _by_int8(model) and matrices[block.name].codes > 0
-        came = (kind, int8, jax.tree.structure(carry), *((x.shape, str(x.dtype)) for x in jax.tree.leaves(carry)))
+        sums = _sums(model.format, direction) if matrices[block.name].codes else ""
+        lowrank = _lowrank(block, direction)
+        shapes = [(x.shape, str(x.dtype)) for x in jax.tree.leaves(carry)]
+        came = (kind, sums, lowrank, jax.tree.structure(carry), *shapes)
         if came not in known:
-            known[came] = needs_of(block, carry, shaped, int8=int8)
+            known[came] = needs_of(block, carry, shaped, sums=sums, lowrank=lowrank)
         one, carry = known[came]
         needs.append(one)
     return needs
 
 
-def _by_int8(model: Model) -> bool:
-    """Whether products are those of int8 numbers."""
-    return model.format is not None and model.format.compute == "int8"
+def _lowrank(block: Block, direction: Direction) -> frozenset[str]:
+    """The matrices of a block, its own or shared ones, with a low-rank part beside them."""
+    matrices = [name for name, x in flat(block.shapes).items() if direction.rank and len(x.shape) > 1]
+    owners = {name: block.aliases.get(name, f"{block.name}.{name}") for name in matrices}
+    return frozenset(name for name, owner in owners.items() if direction.trains(owner))
+
+
+def _sums(format: Format | None, direction: Direction) -> Sums:
+    """What products by codes are made as; by those that are decoded first, as any others."""
+    if format is None or format.compute == "int8":
+        return "" if format is None else "int32"
+    return "float32" if direction.rank and format.bits == 8 and format.group is None else ""
 
 
 def _matrices(layout: Layout) -> Matrices:

@@ -5,23 +5,30 @@ products and loops read. Elementwise operations are fused into their readers, wh
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import Literal as Constant
 
 from zo2jax.models.blocks import Block
 from zo2jax.models.layers import Batch
 from zo2jax.models.traced import backend
+from zo2jax.pages import flat
 
 _VIEWS: tuple[str, ...] = ("broadcast_in_dim", "concatenate", "dynamic_slice", "expand_dims", "iota", "pad")
 _VIEWS += ("optimization_barrier", "reshape", "rev", "slice", "split", "squeeze", "transpose")
 _NEVER_FUSED = ("custom", "cum", "ffi", "fused_attention", "io_callback", "pure_callback", "scatter", "sort", "top_k")
 _FUSES_OPERANDS = ("arg", "gather", "reduce")
 _LOOPS = ("cond", "scan", "while")
+
+
+Sums = Literal["", "float32", "int32"]
+"""What products by matrices are made as: "float32" of int8 codes in 16 bits, whose scales come after; "int32" of int8
+numbers; "" as they are."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +53,13 @@ class Needs:
     """Bytes that are read and written, of activations."""
 
 
-def needs_of(block: Block, carry: Any, batch: Batch, *, int8: bool = False) -> tuple[Needs, Any]:
+def needs_of(
+    block: Block, carry: Any, batch: Batch, *, sums: Sums = "", lowrank: Collection[str] = ()
+) -> tuple[Needs, Any]:
     """(what a block takes, the shapes of its result) for the shapes of a carry and of a batch.
 
-    With ``int8`` its products are those of int8 numbers, which become codes before and are int32 then.
+    ``sums`` says what products by its matrices are at first, and ``lowrank`` are its leaves with a low-rank part beside
+    them, which is added to what products give.
 
     >>> from zo2jax.models.llama import LlamaConfig
     >>> config = LlamaConfig(vocabulary=8, size=8, hidden=8, layers=1, heads=2, kv_heads=1, head_size=4, context=16)
@@ -59,8 +69,9 @@ def needs_of(block: Block, carry: Any, batch: Batch, *, int8: bool = False) -> t
     ((1, 4, 8), 128, 0)
     """
     jaxpr, result = jax.make_jaxpr(partial(_apply, block), return_shape=True)(block.shapes, carry, batch)
-    parameters = [_Value(weight=len(x.shape) >= 2) for x in jax.tree.leaves(block.shapes)]
-    program = _Program(int8=int8)
+    leaves = flat(block.shapes).items()
+    parameters = [_Value(weight=len(x.shape) >= 2, lowrank=name in lowrank) for name, x in leaves]
+    program = _Program(sums=sums)
     came = [program.make(_nbytes(x)) for x in jax.tree.leaves(carry)]
     values = [*parameters, *came, *[_Value(real=True) for _ in jax.tree.leaves(batch)]]
     program.finish(jaxpr.jaxpr, program.walk(jaxpr.jaxpr, values), came)
@@ -97,6 +108,8 @@ class _Value:
     real: bool = False
     """Whether it is an array, not something that is fused into its readers."""
     weight: bool = False
+    lowrank: bool = False
+    """Whether it is a parameter with a low-rank part beside it."""
 
 
 @dataclass
@@ -111,8 +124,7 @@ class _Program:
     operations: float = 0.0
     attention: float = 0.0
     traffic: float = 0.0
-    int8: bool = False
-    """Whether products by parameters are those of int8 numbers."""
+    sums: Sums = ""
 
     def make(self, nbytes: int) -> _Value:
         """A buffer that is made now."""
@@ -138,7 +150,7 @@ class _Program:
         known = dict(zip(jaxpr.invars, values, strict=True)) | {v: _Value(real=True) for v in jaxpr.constvars}
 
         def read(atom: Any) -> _Value:
-            return _Value() if isinstance(atom, Literal) else known[atom]
+            return _Value() if isinstance(atom, Constant) else known[atom]
 
         for eqn in jaxpr.eqns:
             operands = [read(atom) for atom in eqn.invars]
@@ -147,8 +159,8 @@ class _Program:
                 results = self.walk(programs[0], operands)
             elif not programs and _is_fused(eqn):
                 buffers = frozenset().union(*(value.buffers for value in operands))
-                weight = any(value.weight for value in operands) and not buffers
-                results = [_Value(buffers, weight=weight)] * len(eqn.outvars)
+                weight, lowrank = (any(getattr(v, x) for v in operands) and not buffers for x in ("weight", "lowrank"))
+                results = [_Value(buffers, weight=weight, lowrank=lowrank)] * len(eqn.outvars)
             else:
                 results = self._run(eqn, known, programs if name in _LOOPS else [])
             known.update(zip(eqn.outvars, results, strict=True))
@@ -159,7 +171,7 @@ class _Program:
         self.inner.append(0)
         fuses = eqn.primitive.name.startswith(_FUSES_OPERANDS)
         weights = 0
-        for atom in {atom for atom in eqn.invars if not isinstance(atom, Literal)}:
+        for atom in {atom for atom in eqn.invars if not isinstance(atom, Constant)}:
             value = known[atom]
             if value.weight:
                 weights += 0 if fuses or programs else _nbytes(atom.aval)
@@ -167,17 +179,16 @@ class _Program:
                 value = known[atom] = self.replace(value, _nbytes(atom.aval))
             self.use(value)
         self.weight = max(self.weight, weights)
-        if self.int8 and weights and eqn.primitive.name == "dot_general":
-            self._round(eqn, known)
+        if weights and eqn.primitive.name == "dot_general":
+            self._beside(eqn, known)
         self.operations += _operations(eqn)
         self.attention += _attention(eqn)
-        operands = [_Value(real=True) if isinstance(a, Literal) else known[a] for a in eqn.invars]
+        operands = [_Value(real=True) if isinstance(a, Constant) else known[a] for a in eqn.invars]
         for program in programs:
-            one = _Program(int8=self.int8)
-            outer = operands[
-                len(operands) - len(program.invars) :
-            ]  # a cond's index, a while's other constants go first
-            one.finish(program, one.walk(program, [_Value(real=not v.weight, weight=v.weight) for v in outer]), [])
+            one = _Program(sums=self.sums)
+            outer = operands[len(operands) - len(program.invars) :]  # after a cond's index, a while's other constants
+            inside = [replace(v, real=not v.weight, buffers=frozenset()) for v in outer]
+            one.finish(program, one.walk(program, inside), [])
             self.inner[-1] = max(self.inner[-1], one.peak())
             self.weight = max(self.weight, one.weight)
             length = eqn.params.get("length", 1)
@@ -186,20 +197,33 @@ class _Program:
             self.traffic += one.traffic * length
         return [self.make(_nbytes(out.aval)) for out in eqn.outvars]
 
-    def _round(self, eqn: Any, known: dict[Any, _Value]) -> None:
-        """A product of int8 numbers: codes of what it multiplies are made and read, and of these int32 sums, which are
-        read beside those of another member, in place of numbers of 16 bits."""
-        coded = sum(math.prod(a.aval.shape) for a in eqn.invars if isinstance(a, Literal) or not known[a].weight)
-        sums = sum(math.prod(out.aval.shape) for out in eqn.outvars)
-        self.inner[-1] += coded
-        self.inner += [coded + 4 * sums, 4 * sums]  # the result is made of sums when codes are no longer needed
-        self.traffic += 2 * coded + 6 * sums
+    def _beside(self, eqn: Any, known: dict[Any, _Value]) -> None:
+        """What a product by a parameter needs beside its operands and its result, which is made after this.
+
+        One of int8 numbers makes and reads codes of what it multiplies, and of these int32 sums, which are read beside
+        those of another member. A low-rank part is added to 16-bit results by a kernel with a result of its own.
+        """
+        values = {a: known[a] for a in eqn.invars if not isinstance(a, Constant)}
+        results = sum(_nbytes(out.aval) for out in eqn.outvars)
+        count = sum(math.prod(out.aval.shape) for out in eqn.outvars)
+        if self.sums == "int32":
+            coded = sum(math.prod(a.aval.shape) for a, value in values.items() if not value.weight)
+            self.inner[-1] += coded
+            self.inner += [coded + 4 * count, 4 * count]  # codes are not needed until the result is there
+            self.traffic += 2 * coded + 6 * count
+        elif self.sums == "float32":
+            self.inner[-1] += 4 * count + results
+            self.inner.append(0)
+        if self.sums != "int32" and results == 2 * count and any(value.lowrank for value in values.values()):
+            self.inner[-1] += results
+            for i in frozenset().union(*(value.buffers for value in values.values())):
+                self.buffers[i][2] = len(self.inner) - 1
 
     def finish(self, jaxpr: Jaxpr, results: Sequence[_Value], kept: Sequence[_Value]) -> None:
         """Makes arrays of the results, beside what is kept to the end."""
         self.inner.append(0)
         for atom, value in zip(jaxpr.outvars, results, strict=True):
-            if not (value.real or isinstance(atom, Literal)):
+            if not (value.real or isinstance(atom, Constant)):
                 value = self.replace(value, _nbytes(atom.aval))
             self.use(value)
         for value in kept:
