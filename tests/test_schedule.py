@@ -19,6 +19,7 @@ from zo2jax.cli import main
 from zo2jax.config import Config
 from zo2jax.formats import int4, int8, pieces_of
 from zo2jax.models.llama import LlamaConfig
+from zo2jax.models.traced import traced_for
 from zo2jax.pages import layouts_of
 from zo2jax.plan import Machine, measure, plan
 from zo2jax.plan.demand import Demand
@@ -228,14 +229,21 @@ def test_refusals_name_what_would_do():
     assert "disk" in plan(model, **within, host_memory=both, disk_space=disk).tiers.values()
 
 
-def test_formats_are_mixed_where_memory_is_short_and_are_what_the_model_becomes():
+@pytest.mark.parametrize("codes", [int8(), int8(compute="int8")], ids=str)
+def test_formats_are_mixed_where_memory_is_short_and_are_what_the_model_becomes(codes):
     model = bare(SHAPES["opt-30b"])
-    options = {"tier": "auto", "machine": known("rtx4090"), "formats": (None, int8())}
+    options = {"tier": "auto", "machine": known("rtx4090"), "formats": (None, codes)}
     estimator = zo.two_point(1e-3, direction=zo.lowrank(2, refresh=None))
     made = plan(model, estimator, host_memory="32GiB", **options)
     kept = set(map(str, made.formats.values()))
-    assert kept == {"None", "int8()"} and made.host() <= 32 * GIB
+    assert kept == {str(codes)} | ({"None"} if codes.compute == "bf16" else set())  # int8 products are faster anyway
+    assert made.host() <= 32 * GIB
     formatted = made.formatted(model)
+    ids = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
+    with traced_for("gpu", kernels=True):
+        demand = Demand.of(formatted, estimator, {"ids": ids, "targets": ids}, made.prefetch)
+        budget = demand.budget([tier == "device" for tier in made.tiers.values()])
+    assert (budget.peak, budget.works) == (made.budget.peak, made.budget.works)
     sizes = {name: layout.nbytes for name, layout in layouts_of(formatted.blocks, formatted.format).items()}
     assert sizes == made.budget.sizes
     assert plan(model, tier="auto", machine=known("h200")).formatted(model) is model

@@ -225,6 +225,7 @@ def _made(
     demand = replace(
         demands[usual],
         sizes={name: demands[format].sizes[name] for name, format in formats.items()},
+        needs=[demands[format].needs[i] for i, format in enumerate(formats.values())],
         matrices={name: demands[format].matrices[name] for name, format in formats.items()},
         masters={name: demands[format].masters[name] for name, format in formats.items()},
         int8=any(demand.int8 for demand in demands.values()),
