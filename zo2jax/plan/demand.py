@@ -102,7 +102,8 @@ class Demand:
         shapes, direction = owned_shapes(model.blocks), estimator.direction
         layouts = layouts_of(model.blocks, model.format)
         vectors = sum(_nbytes(flat(shapes[name])[leaf]) for name, layout in layouts.items() for leaf in layout.rest)
-        vectors += _beside(layouts, direction)
+        moving = {name: _moving(name, layout, direction) for name, layout in layouts.items()}
+        vectors += _beside(moving, direction)
         vectors *= 1 if estimator.full is None else 2  # an anchor has vectors, and an empty P, of its own
         owners = {block_of(owner, shapes) for block in model.blocks for owner in block.aliases.values()}
         folds = direction.read_only and direction.refresh is not None
@@ -127,15 +128,11 @@ class Demand:
             read_only=direction.read_only,
             matrices=matrices,
             masters=masters,
-            pieces={name: _pieces(name, layout, direction) if folds else 0 for name, layout in layouts.items()},
+            pieces={name: sum(len(pieces_of(*x)) for x in shapes) if folds else 0 for name, shapes in moving.items()},
             refresh=direction.refresh if folds else None,
             estimator=estimator,
             trained=_trained(model, direction),
-            moving=frozenset(
-                name
-                for name, layout in layouts.items()
-                if any(_trains(direction, name, leaf) for leaf, _ in layout.matrices)
-            ),
+            moving=frozenset(name for name, shapes in moving.items() if shapes),
             reads={name: layout.nbytes for name, layout in layouts_of(model.blocks).items()},
             readers=STAGING if Source.of(model.source).concurrent else 1,
             moved=moved,
@@ -279,15 +276,18 @@ def _needs(model: Model, batch: Any, matrices: Mapping[str, Matrices], direction
 
 def _lowrank(block: Block, direction: Direction) -> frozenset[str]:
     """The matrices of a block, its own or shared ones, with a low-rank part beside them."""
-    matrices = [name for name, x in flat(block.shapes).items() if direction.rank and len(x.shape) > 1]
-    owners = {name: block.aliases.get(name, f"{block.name}.{name}") for name in matrices}
-    return frozenset(name for name, owner in owners.items() if direction.trains(owner))
+    if not direction.rank:
+        return frozenset()
+    matrices = [name for name, x in flat(block.shapes).items() if len(x.shape) > 1]
+    return frozenset(x for x in matrices if direction.trains(block.aliases.get(x, f"{block.name}.{x}")))
 
 
 def _sums(format: Format | None, direction: Direction) -> Sums:
     """What products by codes are made as; by those that are decoded first, as any others."""
-    if format is None or format.compute == "int8":
-        return "" if format is None else "int32"
+    if format is None:
+        return ""
+    if format.compute == "int8":
+        return "int32"
     return "float32" if direction.rank and format.bits == 8 and format.group is None else ""
 
 
@@ -296,21 +296,16 @@ def _matrices(layout: Layout) -> Matrices:
     return Matrices(sum(n for n, _ in weights), layout.nbytes, sum(n for n, coded in weights if coded))
 
 
-def _pieces(block: str, layout: Layout, direction: Direction) -> int:
-    """In which a fold goes through a block."""
-    trained = [matrix_shape(place.shape) for name, place in layout.matrices if _trains(direction, block, name)]
-    return sum(len(pieces_of(*shape)) for shape in trained)
+def _moving(block: str, layout: Layout, direction: Direction) -> list[tuple[int, int]]:
+    """(rows, columns) of the matrices of a block that updates change."""
+    return [matrix_shape(place.shape) for name, place in layout.matrices if _trains(direction, block, name)]
 
 
-def _beside(layouts: Mapping[str, Layout], direction: Direction) -> int:
+def _beside(moving: Mapping[str, Sequence[tuple[int, int]]], direction: Direction) -> int:
     """Bytes of what low-rank updates add up to, P or an adapter, which stays on the device; without momentum."""
-    total = 0
-    for block, layout in layouts.items():
-        for name, place in layout.matrices:
-            if direction.rank and _trains(direction, block, name):
-                rows, columns = matrix_shape(place.shape)
-                total += 4 * direction.rank * (rows if direction.adapter is None else rows + columns)
-    return total
+    shapes = [shape for of_block in moving.values() for shape in of_block]
+    numbers = sum(rows if direction.adapter is None else rows + columns for rows, columns in shapes)
+    return 4 * direction.rank * numbers
 
 
 def _nbytes(shape: Any) -> int:

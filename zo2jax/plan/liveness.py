@@ -216,7 +216,7 @@ class _Program:
             self.inner.append(0)
         if self.sums != "int32" and results == 2 * count and any(value.lowrank for value in values.values()):
             self.inner[-1] += results
-            for i in frozenset().union(*(value.buffers for value in values.values())):
+            for i in (i for value in values.values() for i in value.buffers):  # which it reads as well
                 self.buffers[i][2] = len(self.inner) - 1
 
     def finish(self, jaxpr: Jaxpr, results: Sequence[_Value], kept: Sequence[_Value]) -> None:

@@ -194,7 +194,7 @@ class Plan:
         stays = {work.name for work in budget.works if not work.moves}
         there = {name: tier for name, tier in self.tiers.items() if name not in stays}
         moved = {tier: sum(budget.kept(n) for n, t in there.items() if t == tier) for tier in ("host", "disk")}
-        issued = sum(n * (1 if there.get(name, "device") != "device" else 2) for name, n in budget.pieces.items())
+        issued = sum(n * (2 if there.get(name, "device") == "device" else 1) for name, n in budget.pieces.items())
         moving = max(2 * sum(moved.values()) / machine.both, 2 * moved["disk"] / machine.disk)
         return (moving + issued * machine.launch) / budget.refresh
 
