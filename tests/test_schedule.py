@@ -107,6 +107,9 @@ H200 = [  # shape, rows, tier, format, directions, milliseconds and GiB of the d
     ("opt-175b", 1, "host", int4(), zo.lowrank(2, refresh=None), 2577, 3.76),
 ]
 
+ABOVE = [("opt-6.7b", 4, "None"), ("opt-1.3b", 16, "None"), ("opt-13b", 1, "int8()")]
+"""Those of low-rank directions whose peaks are expected more than a tenth too high."""
+
 
 @pytest.mark.parametrize(("shape", "rows", "tier", "format", "direction", "ms", "gib"), H200, ids=str)
 def test_times_and_peaks_that_were_measured(shape, rows, tier, format, direction, ms, gib):
@@ -114,7 +117,8 @@ def test_times_and_peaks_that_were_measured(shape, rows, tier, format, direction
     estimator = zo.two_point(1e-3) if direction is None else zo.two_point(1e-3, direction=direction)
     made = plan(bare(SHAPES[shape]).with_format(format), estimator, rows=rows, tier=tier, machine=known("h200"))
     assert made.expected(known("h200")) * 1e3 == pytest.approx(ms, rel=0.1)
-    assert 0.92 < made.budget.peak / GIB / gib < 1.13
+    most = 1.13 if (shape, rows, str(format)) in ABOVE else 1.1
+    assert 0.92 < made.budget.peak / GIB / gib < most
 
 
 def test_xla_takes_memory_beside_the_matrix_that_it_moves():
